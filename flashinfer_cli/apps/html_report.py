@@ -1,0 +1,319 @@
+"""A run's report as one self-contained web page: inline styles, inline charts, nothing fetched, nothing executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from statistics import median
+from typing import Any
+
+from ..config import format_size
+from ..report import PHASES
+from .charts import Bar, Column, Mark, Segment, columns, rows
+from .page_style import STYLE
+
+Report = Mapping[str, Any]
+SPLIT = (
+    ("wait_seconds", "wait", "waiting for I/O"),
+    ("compute_seconds", "compute", "computing"),
+    ("other_seconds", "other", "the rest"),
+)
+
+
+def render(report: Report) -> str:
+    """The page for a RunReport.to_dict(), read back from JSON or not. Every text in it is escaped."""
+    title = f"{report['model'].get('name', 'model')} · genai-run"
+    sections = (_head, _warnings, _tiles, _memory, _time, _layers, _steps, _io)
+    body = "\n".join(section(report) for section in sections)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n'
+
+
+# ------------------------------------------------------------------ the top of the page
+
+
+def _head(report: Report) -> str:
+    model = report["model"]
+    about = [
+        model.get("model_type"),
+        f"{model['parameters'] / 1e6:,.0f} M parameters" if model.get("parameters") else None,
+        f"{format_size(model['weight_bytes'])} of {', '.join(model.get('formats') or ())} weights"
+        if model.get("weight_bytes")
+        else None,
+        model.get("kind"),
+    ]
+    how = [
+        f"{report['device']}, {report['threads']} threads",
+        f"{report['kernels']} kernels",
+        f"reads {report['direct_io']}",
+    ]
+    return (
+        f"<header><h1>{escape(str(model.get('name', 'model')))} <span class='badge'>{escape(str(report['exactness']))}</span></h1>"
+        f"<p>{escape(' · '.join(str(each) for each in about if each))}</p><p>{escape(' · '.join(how))}</p></header>"
+    )
+
+
+def _warnings(report: Report) -> str:
+    return "".join(f'<p class="warning">{escape(text)}</p>' for text in report["warnings"])
+
+
+def _tiles(report: Report) -> str:
+    decode, prefill = report["decode"], report["prefill"]
+    reading = decode if decode["bytes_read"] else prefill
+    tiles = []
+    if decode["tokens"]:
+        warm = [step["seconds"] for step in report["steps"][1:]]
+        note = f"warm: {1 / median(warm):.2f} tok/s" if warm and median(warm) > 0 else f"{decode['tokens']} tokens"
+        tiles.append(("decode", f"{decode['tokens_per_second']:.2f}", "tok/s", note))
+    if prefill["tokens"]:
+        tiles.append(("prefill", f"{prefill['tokens_per_second']:.1f}", "tok/s", f"{prefill['tokens']} tokens"))
+    if report["first_token_seconds"] is not None:
+        tiles.append(
+            (
+                "first token",
+                f"{report['first_token_seconds']:.2f}",
+                "s",
+                f"after {_seconds(report['load']['seconds'])} of loading",
+            )
+        )
+    tiles.append(
+        (
+            "peak memory",
+            *format_size(report["peak"]).split(" "),
+            f"{_share(report['peak'], report['budget'])} of the budget",
+        )
+    )
+    if decode["tokens"]:
+        tiles.append(
+            ("read a token", *format_size(decode["bytes_per_token"]).split(" "), f"{decode['requests']:,} requests")
+        )
+    if reading["bytes_read"]:
+        rate, drive = reading["read_bytes_per_second"], report.get("drive")
+        note = f"{_share(rate, drive['bytes_per_second'])} of the drive" if drive else "while reading"
+        tiles.append(("reading", f"{rate / 1e9:.2f}", "GB/s", note))
+    if decode["hit_ratio"] is not None:
+        tiles.append(("cache hits", f"{decode['hit_ratio']:.0%}", "", "in decode"))
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small> {escape(unit)}</small></dd><p>{escape(note)}</p></div>"
+        for name, value, unit, note in tiles
+    )
+    return f"<dl class='tiles'>{''.join(cells)}</dl>"
+
+
+# ------------------------------------------------------------------ memory
+
+
+def _memory(report: Report) -> str:
+    budget, peak = report["budget"], report["peak"]
+    planned = [
+        Segment(part["planned"], f"part{index}", f"{part['part']}: {format_size(part['planned'])} planned")
+        for index, part in enumerate(report["plan"])
+    ]
+    bars = [
+        Bar("planned", planned, format_size(sum(part["planned"] for part in report["plan"]))),
+        Bar(
+            "peak",
+            [Segment(peak, "over" if peak > budget else "peak", f"peak of the process: {format_size(peak)}")],
+            format_size(peak),
+        ),
+    ]
+    marks = [
+        Mark(report["least"], f"least {format_size(report['least'])}"),
+        Mark(budget, f"budget {format_size(budget)}"),
+    ]
+    chart = rows(bars, label="Memory planned and used, against the budget", top=budget, marks=marks)
+    table = _table(
+        ("", "planned", "actual", ""),
+        (
+            (
+                f'<i class="key part{index}"></i>{escape(part["part"])}',
+                format_size(part["planned"]),
+                "–" if part["actual"] is None else format_size(part["actual"]),
+                escape(part["note"]),
+            )
+            for index, part in enumerate(report["plan"])
+        ),
+        left=(0, 3),
+    )
+    stays, streams = format_size(report["resident_bytes"]), format_size(report["streamed_bytes"])
+    note = (
+        f"Of the weights {stays} stay in memory and {streams} stream from the drive."
+        if report["streamed_bytes"]
+        else "All weights stay in memory."
+    )
+    return _section("Memory", note, chart + table)
+
+
+# ------------------------------------------------------------------ time
+
+
+def _time(report: Report) -> str:
+    bars, facts = [], []
+    for name in PHASES:
+        phase = report[name]
+        whole = phase["seconds"]
+        if not whole:
+            continue
+        parts = [
+            Segment(phase[key] / whole, style, f"{name}, {words}: {_seconds(phase[key])} ({_share(phase[key], whole)})")
+            for key, style, words in SPLIT
+        ]
+        bars.append(Bar(name, parts, f"{_seconds(whole)}, {_share(phase['wait_seconds'], whole)} waiting"))
+        if phase["read_seconds"] and phase["tokens"]:
+            facts.append(f"{phase['overlap']:.0%} of the reading of {name} was hidden behind computing")
+    if not bars:
+        return ""
+    note = f"{'; '.join(facts)}." if facts else ""
+    return _section(
+        "Time",
+        note,
+        _legend((style, words) for _, style, words in SPLIT)
+        + rows(bars, label="Time of each phase by what it was spent on", top=1.0),
+    )
+
+
+def _layers(report: Report) -> str:
+    charts = []
+    last = max((row["layer"] for row in report["layers"]), default=0)
+    for phase in ("decode", "prefill"):
+        passes = report[phase]["passes"]
+        if not passes or not report["layers"]:
+            continue
+        bars = []
+        for row in report["layers"]:
+            index = row["layer"]
+            name = "emb" if index < 0 else "head" if index == last else str(index)
+            wait, compute = row[f"{phase}_wait"] / passes, row[f"{phase}_compute"] / passes
+            title = f"layer {name}: {_seconds(compute)} computing, {_seconds(wait)} waiting"
+            bars.append(Column(name, (Segment(compute, "compute", title), Segment(wait, "wait", title))))
+        charts.append(f"<h3>{phase}, a pass of {'one token' if phase == 'decode' else 'the prompt'}</h3>")
+        charts.append(columns(bars, label=f"Waiting and computing by layer in {phase}", unit=_seconds))
+    if not charts:
+        return ""
+    return _section("Layers", "", _legend((("compute", "computing"), ("wait", "waiting for I/O"))) + "".join(charts))
+
+
+def _steps(report: Report) -> str:
+    steps = report["steps"]
+    if not steps:
+        return ""
+    bars = [
+        Column(
+            str(index + 1),
+            [
+                Segment(
+                    step["seconds"],
+                    "warm" if index else "cold",
+                    f"step {index + 1}: {_seconds(step['seconds'])}, {_seconds(step['wait_seconds'])} waiting, {format_size(step['bytes_read'])} read",
+                )
+            ],
+        )
+        for index, step in enumerate(steps)
+    ]
+    warm = [step["seconds"] for step in steps[1:]]
+    mark = Mark(median(warm), f"median of the warm {_seconds(median(warm))}") if warm else None
+    note = f"The first step took {_seconds(steps[0]['seconds'])}" + (
+        f", {steps[0]['seconds'] / median(warm):.1f} times the median of those after it."
+        if warm and median(warm) > 0
+        else "."
+    )
+    legend = _legend((("cold", "first step, cold"), ("warm", "the steps after it")))
+    return _section(
+        "Decode steps", note, legend + columns(bars, label="Time of each decode step", unit=_seconds, mark=mark)
+    )
+
+
+# ------------------------------------------------------------------ reads
+
+
+def _io(report: Report) -> str:
+    lines = []
+    for row in report["io"]:
+        useful = "" if row["useful"] == row["bytes"] else f"{_share(row['useful'], row['bytes'])} asked for"
+        mean = format_size(row["bytes"] / max(row["requests"], 1))
+        lines.append(
+            (escape(row["phase"]), escape(row["kind"]), f"{row['requests']:,}", format_size(row["bytes"]), mean, useful)
+        )
+    if not lines:
+        return _section("Reads", "Nothing was read from the drive.", "")
+    parts = [_drive(report), _table(("phase", "kind", "requests", "bytes", "mean size", ""), lines, left=(0, 1, 5))]
+    sizes = sorted((int(size), count) for size, count in report["request_sizes"].items() if count)
+    if sizes:
+        bars = [
+            Column(
+                f"≤{format_size(size).replace('.00', '').replace('.0', '')}",
+                [Segment(count, "io", f"up to {format_size(size)}: {count:,} requests")],
+            )
+            for size, count in sizes
+        ]
+        parts += [
+            "<h3>requests by size</h3>",
+            columns(bars, label="Number of requests by size", unit=_count, height=180, labels_every=1),
+        ]
+    note = f"{format_size(report['wasted_bytes'])} were read ahead and never used." if report["wasted_bytes"] else ""
+    return _section("Reads", note, "".join(parts))
+
+
+def _drive(report: Report) -> str:
+    """What was reached beside what the drive gives."""
+    drive, bars = report.get("drive"), []
+    if drive:
+        what = f"the drive: {_rate(drive['bytes_per_second'])} at {format_size(drive['request_bytes'])} a request, depth {drive['depth']}"
+        bars.append(
+            Bar("the drive", [Segment(drive["bytes_per_second"], "trunk", what)], _rate(drive["bytes_per_second"]))
+        )
+    for name in PHASES:
+        reached = report[name]["read_bytes_per_second"]
+        if reached:
+            share = f" ({_share(reached, drive['bytes_per_second'])})" if drive else ""
+            bars.append(
+                Bar(name, [Segment(reached, "io", f"{name}: {_rate(reached)} while reading")], _rate(reached) + share)
+            )
+    note = ""
+    if drive:
+        note = f"<p class='note'>The drive was measured in place, with requests of {format_size(drive['request_bytes'])}, {drive['depth']} at once.</p>"
+    return "<h3>bytes a second, while reading</h3>" + rows(bars, label="Read rates", thick=20) + note
+
+
+# ------------------------------------------------------------------ pieces
+
+
+def _section(title: str, note: str, content: str) -> str:
+    said = f"<p class='note'>{escape(note[:1].upper() + note[1:])}</p>" if note else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{content}</section>"
+
+
+def _legend(entries: Iterable[tuple[str, str]]) -> str:
+    return f"<p class='legend'>{''.join(f'<span><i class="key {style}"></i>{escape(words)}</span>' for style, words in entries)}</p>"
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[int]) -> str:
+    """`header` is text, the cells of `lines` are HTML already."""
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "".join(f"<{tag}{' class=left' if i in left else ''}>{value}</{tag}>" for i, value in enumerate(values))
+
+    body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
+    return f"<div class='wide'><table><thead><tr>{cells('th', [escape(each) for each in header])}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _seconds(seconds: float) -> str:
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.3g} ms"
+        if seconds < 0.1
+        else f"{seconds * 1e3:.0f} ms"
+    )
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k"
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.2f} GB/s"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole else "–"

@@ -1,0 +1,77 @@
+"""What is in a checkpoint or bundle, from its headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..config import WeightRef
+from ..errors import TokenizerError
+from ..models.open import OpenModel, open_model
+
+
+def part_of(role: str) -> str:
+    """The part of a model a weight role belongs to, as people speak of it."""
+    if role in ("embed", "positions", "project_in"):
+        return "embeddings"
+    if role.startswith(("head", "project_out")):
+        return "head"
+    if role.startswith("experts."):
+        return "experts"
+    if role.startswith(("router", "shared_gate")):
+        return "routers"
+    if "norm" in role:
+        return "norms"
+    return "attention" if role.split(".")[0] in ("q", "k", "v", "qkv", "o") else "ffn"
+
+
+def inspect_model(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Architecture, parameters, bytes by part, formats, tokenizer, chat template, and what would stream."""
+    opened = open_model(model, revision=revision)
+    parts, streams, stays = _sizes(opened)
+    config = opened.config
+    described = opened.describe()
+    try:
+        tokenizer = opened.tokenizer
+        text: dict[str, Any] = {
+            "tokenizer": f"{tokenizer.vocab_size} tokens",
+            "chat_template": tokenizer.has_chat_template,
+            "eos_token_ids": list(tokenizer.eos_token_ids),
+        }
+    except TokenizerError as error:
+        text = {"tokenizer": None, "tokenizer_problem": error.message, "chat_template": False}
+    return {
+        **described,
+        "exactness": opened.exactness,
+        "config": {key: value for key, value in asdict(config).items() if value not in (None, (), 0, 0.0)},
+        "parts": parts,
+        "streams_bytes": streams,
+        "always_resident_bytes": stays,
+        "kv_bytes_per_token": config.kv_bytes_per_token,
+        **text,
+    }
+
+
+def _sizes(opened: OpenModel) -> tuple[dict[str, int], int, int]:
+    """Bytes by part, bytes that can stream, bytes that always stay (as float32)."""
+    tensors = opened.checkpoint.tensors
+    parts: dict[str, int] = {}
+    streams = stays = 0
+    seen: set[WeightRef] = set()
+    for roles in (opened.weights.model, *opened.weights.layers):
+        for role, ref in roles.items():
+            if ref in seen:
+                continue
+            seen.add(ref)
+            nbytes = tensors[ref.tensor].rows(ref.row, ref.rows).nbytes
+            part = part_of(role)
+            parts[part] = parts.get(part, 0) + nbytes
+            if part in ("norms", "routers") or role.endswith(".bias") or role == "positions":
+                stays += 4 * ref.rows * ref.cols
+            else:
+                streams += nbytes
+    for records in getattr(opened.checkpoint, "records", {}).values():
+        part, nbytes = "experts" if records.kind == "experts" else "ffn", tensors[records.tensor].nbytes
+        parts[part] = parts.get(part, 0) + nbytes
+        streams += nbytes
+    return dict(sorted(parts.items(), key=lambda item: -item[1])), streams, stays

@@ -1,0 +1,32 @@
+"""Run a prompt and account for it: memory against plan, reads against the drive, time against what it was spent on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from ..config import SamplingParams
+from ..engine import Engine
+from ..report import RunReport
+from ..store.drive import measure
+from ..store.flash import REQUEST_BYTES
+
+
+def profile(
+    engine: Engine,
+    prompt: str | Sequence[int],
+    sampling: SamplingParams,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> RunReport:
+    """Generate from `prompt`, then measure the drive with requests of the size and depth that the run used."""
+    total = sampling.max_tokens or 0
+    for event in engine.generate(prompt, sampling):
+        if progress is not None:
+            progress(event.index + 1, total, "generating")
+    files = engine.checkpoint.files
+    largest = max(files, key=lambda path: path.stat().st_size)
+    if progress is not None:
+        progress(0, 0, "measuring the drive")
+    rate = measure(largest, request_bytes=REQUEST_BYTES, depth=engine.run.io_threads)
+    engine.drive = asdict(rate)
+    return engine.report()

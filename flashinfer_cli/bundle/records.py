@@ -1,0 +1,231 @@
+"""The bytes of each file of a bundle, one after another, in bounded memory, however large the model.
+
+A dense layer is written in bands of neurons: rows of gate and up, columns of down. Where a layer is more than one band, down is
+first transposed into a scratch file, a batch of its rows at a time, so that nothing is read or written in small pieces:
+reading the columns straight from the source took three times as long. Output is sequential, so it is hashed as it is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.base import TensorInfo
+from ..config import MiB
+from ..errors import CorruptCheckpointError, UnsupportedModelError
+from .convert import BITS, Bits, all_finite, convert, transpose_into
+from .format import RecordLayout
+from .layout import ExpertContent, NeuronContent, PlannedFile, Rows, TrunkContent
+from .publish import SYNC_BYTES, write_all
+from .source import SourceFiles, drop_cache, read_all
+
+Blocks = Generator[npt.NDArray[np.uint8], None, None]
+
+DEFAULT_MEMORY = 128 * MiB
+THREADS = 8
+BLOCK_ELEMENTS = 1 << 18  # elements a thread converts at a time; GGUF blocks need about 40 bytes each meanwhile
+COPY_BYTES = 4 * MiB
+BATCH_BYTES = 16 * MiB  # of transposed rows of down that go to the scratch file at once
+TALL_ELEMENTS = 1 << 20  # elements of down that a thread transposes at a time
+STAGING = 64 * MiB  # of the memory given: what the threads hold besides the band
+
+
+def file_blocks(file: PlannedFile, folder: Path, memory_bytes: int = DEFAULT_MEMORY) -> Blocks:
+    """The file's bytes after its header, as consecutive arrays, each left as it is until the next but one is asked for.
+
+    `folder` takes the scratch file, without a name and gone with the process: see `scratch_bytes`. Raises
+    CorruptCheckpointError naming a tensor that holds NaN or infinity or that its file is too short for.
+    """
+    content = file.content
+    if isinstance(content, NeuronContent):
+        return _neuron_blocks(content, folder, memory_bytes)
+    if isinstance(content, ExpertContent):
+        return _expert_blocks(content)
+    return _trunk_blocks(content)
+
+
+def scratch_bytes(file: PlannedFile, memory_bytes: int = DEFAULT_MEMORY) -> int:
+    """Size of the scratch file that `file_blocks` makes meanwhile."""
+    content = file.content
+    if not isinstance(content, NeuronContent) or _band(content.layout, memory_bytes) >= content.layout.count:
+        return 0
+    return content.layout.count * content.layout.parts[-1].nbytes
+
+
+def _check(raw: npt.NDArray[np.uint8], info: TensorInfo) -> None:
+    if not all_finite(raw, info.format):
+        raise CorruptCheckpointError(f"The tensor '{info.name}' holds NaN or infinite weights.")
+
+
+def _convert(raw: npt.NDArray[np.uint8], info: TensorInfo, dtype: str) -> Bits:
+    try:
+        return convert(raw, info.format, dtype)
+    except OverflowError:
+        hint = "Ask for --dtype bf16 or f32."
+        raise UnsupportedModelError(f"The tensor '{info.name}' has weights too large for {dtype}.", hint) from None
+
+
+def _copy(source: SourceFiles, rows: Rows, dtype: str) -> Blocks:
+    """These rows in `dtype`, row-major."""
+    info = rows.info
+    most = COPY_BYTES if dtype == info.format else BLOCK_ELEMENTS
+    step = max(1, most // max(info.row_bytes, 1))
+    first = info.rows(rows.row, rows.rows).offset
+    for start in range(0, rows.rows, step):
+        count = min(step, rows.rows - start)
+        extent = info.rows(rows.row + start, count)
+        raw = np.empty((count, info.row_bytes), np.uint8)
+        source.read(info.path, extent.offset, raw)
+        source.drop(info.path, first, extent.offset + extent.nbytes - first)
+        _check(raw, info)
+        yield raw if dtype == info.format else _convert(raw, info, dtype).view(np.uint8)
+
+
+def _trunk_blocks(content: TrunkContent) -> Blocks:
+    with SourceFiles() as source:
+        for piece in content.pieces:
+            if isinstance(piece, int):
+                yield np.zeros(piece, np.uint8)
+            else:
+                yield from _copy(source, piece, piece.info.format)
+
+
+def _expert_blocks(content: ExpertContent) -> Blocks:
+    layout = content.layout
+    with SourceFiles() as source:
+        for matrices in content.experts:
+            end = 0
+            for part, rows in zip(layout.parts, matrices, strict=True):
+                if part.offset > end:
+                    yield np.zeros(part.offset - end, np.uint8)
+                yield from _copy(source, rows, part.format)
+                end = part.offset + part.nbytes
+            if layout.width_bytes > end:
+                yield np.zeros(layout.width_bytes - end, np.uint8)
+
+
+# ------------------------------------------------------------------ neurons
+
+
+def _band(layout: RecordLayout, memory_bytes: int) -> int:
+    """Neurons written at a time: as many as fit twice, for one band is read while the one before is written."""
+    return max(1, max(memory_bytes - STAGING, memory_bytes // 4) // (2 * layout.width_bytes))
+
+
+def _neuron_blocks(content: NeuronContent, folder: Path, memory_bytes: int) -> Blocks:
+    layout, sources = content.layout, content.sources
+    *straight, turned = layout.parts  # gate and up by rows; down by columns
+    bits = BITS[layout.format]
+    itemsize = np.dtype(bits).itemsize
+    band = min(layout.count, _band(layout, memory_bytes))
+    # The padding stays zero.
+    buffers = cycle([np.zeros((band, layout.width_bytes // itemsize), bits) for _ in range(2)])
+    with TemporaryFile(dir=folder, buffering=0) as scratch, SourceFiles(scattered=True) as source:
+        with ThreadPoolExecutor(THREADS) as pool:
+            spilled = (
+                _spill(pool, source, sources["down"], layout.format, scratch.fileno()) if band < layout.count else 0
+            )
+            for first in range(0, layout.count, band):
+                out = next(buffers)[: min(band, layout.count - first)]
+                tasks: list[Callable[[], None]] = []
+                for part in straight:
+                    start = part.offset // itemsize
+                    tasks += _row_tasks(
+                        source, sources[part.role], first, out[:, start : start + part.cols], part.format
+                    )
+                start = turned.offset // itemsize
+                target = out[:, start : start + turned.cols]
+                if spilled:
+                    tasks += _scratch_tasks(scratch.fileno(), spilled, layout.count, first, target)
+                else:
+                    tasks += _turn_tasks(source, sources["down"], 0, target, layout.format)
+                _run(pool, tasks)
+                source.drop_all()
+                drop_cache(scratch.fileno(), 0, 0)
+                yield out.reshape(-1).view(np.uint8)
+
+
+def _run(pool: ThreadPoolExecutor, tasks: list[Callable[[], None]]) -> None:
+    futures = [pool.submit(task) for task in tasks]
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+def _read_rows(source: SourceFiles, rows: Rows, first: int, target: Bits, dtype: str) -> None:
+    """target[i] = row first + i, in `dtype`."""
+    info = rows.info
+    step = max(1, BLOCK_ELEMENTS // info.cols)
+    for start in range(0, len(target), step):
+        count = min(step, len(target) - start)
+        raw = np.empty((count, info.row_bytes), np.uint8)
+        source.read(info.path, info.rows(rows.row + first + start, count).offset, raw)
+        _check(raw, info)
+        target[start : start + count] = _convert(raw, info, dtype)
+
+
+def _row_tasks(source: SourceFiles, rows: Rows, first: int, target: Bits, dtype: str) -> list[Callable[[], None]]:
+    """target[n] = row first + n, a task some rows."""
+    step = max(1, BLOCK_ELEMENTS // rows.info.cols)
+    return [
+        partial(_read_rows, source, rows, first + start, target[start : start + step], dtype)
+        for start in range(0, len(target), step)
+    ]
+
+
+def _turn_tasks(source: SourceFiles, rows: Rows, first: int, target: Bits, dtype: str) -> list[Callable[[], None]]:
+    """target[n, r] = element (first + r, n), for all columns n, a task some rows."""
+    step = max(1, min(TALL_ELEMENTS // rows.info.cols, -(-target.shape[1] // THREADS)))
+
+    def turn(start: int) -> None:
+        columns = target[:, start : start + step]
+        block = np.empty(columns.shape[::-1], columns.dtype)
+        _read_rows(source, rows, first + start, block, dtype)
+        transpose_into(columns, block)
+
+    return [partial(turn, start) for start in range(0, target.shape[1], step)]
+
+
+def _spill(pool: ThreadPoolExecutor, source: SourceFiles, rows: Rows, dtype: str, fd: int) -> int:
+    """Write the matrix to `fd` as transposed batches of rows, one after another; returns the rows of a batch."""
+    bits, count = BITS[dtype], rows.info.cols
+    batch = min(rows.rows, max(1, BATCH_BYTES // (count * np.dtype(bits).itemsize)))
+    unsynced = 0
+    for first in range(0, rows.rows, batch):
+        turned = np.empty((count, min(batch, rows.rows - first)), bits)
+        _run(pool, _turn_tasks(source, rows, first, turned, dtype))
+        source.drop_all()
+        write_all(fd, turned.reshape(-1).view(np.uint8).data)
+        unsynced += turned.nbytes
+        if unsynced >= SYNC_BYTES:
+            os.fdatasync(fd)
+            drop_cache(fd, 0, 0)
+            unsynced = 0
+    return batch
+
+
+def _scratch_tasks(fd: int, batch: int, count: int, first: int, target: Bits) -> list[Callable[[], None]]:
+    """target[n, r] = element (r, first + n) of what `_spill` wrote for `count` columns."""
+    step = max(1, BLOCK_ELEMENTS // batch)
+
+    def read(row: int, start: int) -> None:
+        block = target[start : start + step, row : row + batch]
+        turned = np.empty(block.shape, block.dtype)
+        offset = (row * count + (first + start) * block.shape[1]) * block.itemsize
+        read_all(fd, offset, turned.reshape(-1).view(np.uint8))
+        block[:] = turned
+
+    rows = range(0, target.shape[1], batch)
+    return [partial(read, row, start) for row in rows for start in range(0, len(target), step)]

@@ -1,0 +1,264 @@
+"""Every option, declared once: dataclasses of typer options, and `spread`, which lets a command take them whole.
+
+Defaults are those of config.py; None means that the model or the machine decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from ..config import DEFAULT_CONTEXT, RunConfig, SamplingParams
+
+MODEL, PROMPT, SAMPLING, MEMORY, OUTPUT = "Model", "Prompt", "Sampling", "Memory & device", "Output"
+_OFFERS = SamplingParams().resolved()  # what holds when neither a flag nor the model says anything
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        rich_help_panel=MODEL,
+        help="A Hugging Face folder, a .gguf file, a bundle, or org/name on the hub.",
+    ),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf file, a bundle, or org/name on the hub.")
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", rich_help_panel=MODEL, help="Branch, tag or commit of an org/name."),
+]
+File = Annotated[
+    str | None,
+    typer.Option("-f", "--file", metavar="FILE", rich_help_panel=PROMPT, help="Read the text from FILE; - is stdin."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Write the result as one JSON object on stdout.")
+]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="No progress, plan or figures; errors only.")
+]
+Stats = Annotated[
+    bool, typer.Option("--stats", rich_help_panel=OUTPUT, help="End with the full table of figures, on stderr.")
+]
+System = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", rich_help_panel=PROMPT, help="System message for the chat template."),
+]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The part of RunConfig that people set."""
+
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            rich_help_panel=MEMORY,
+            help="Bound on the memory of the whole process: 4GiB, 1500M, 60%, or auto (most of what is free).",
+            show_default="auto",
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="NAME", rich_help_panel=MEMORY, help="Where to compute: auto, cpu, cuda, cuda:N, mps."
+        ),
+    ] = RunConfig.device
+    stream: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            "--stream",
+            rich_help_panel=MEMORY,
+            help="auto keeps resident what fits; always streams all that can; never refuses what does not fit.",
+        ),
+    ] = RunConfig.stream
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="TOKENS",
+            rich_help_panel=MEMORY,
+            help="Tokens that prompt and answer may take.",
+            show_default=f"the model's own, at most {DEFAULT_CONTEXT}",
+        ),
+    ] = RunConfig.context
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            rich_help_panel=MEMORY,
+            help="Threads that compute.",
+            show_default="the cores this process may use",
+        ),
+    ] = RunConfig.threads
+    kernels: Annotated[
+        Literal["auto", "reference"],
+        typer.Option(
+            "--kernels",
+            rich_help_panel=MEMORY,
+            help="auto takes the fastest for the device; reference the plain torch ones.",
+        ),
+    ] = RunConfig.kernels
+    revision: Revision = RunConfig.revision
+
+    def config(self) -> RunConfig:
+        return RunConfig(**self.given())
+
+    def given(self) -> dict[str, Any]:
+        """As keywords of `load`."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The part of SamplingParams that people set; what is None is up to the model's generation_config."""
+
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--max-tokens",
+            metavar="N",
+            rich_help_panel=SAMPLING,
+            help="Most tokens to generate.",
+            show_default=str(_OFFERS.max_tokens),
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temp",
+            "--temperature",
+            metavar="T",
+            rich_help_panel=SAMPLING,
+            help="0 is greedy.",
+            show_default="the model's, else 0",
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", metavar="K", rich_help_panel=SAMPLING, help="Sample from the K likeliest; 0 is off."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            rich_help_panel=SAMPLING,
+            help="Sample from the likeliest that together reach P; 1 is off.",
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p",
+            metavar="P",
+            rich_help_panel=SAMPLING,
+            help="Drop tokens less likely than P times the likeliest; 0 is off.",
+        ),
+    ] = None
+    repeat_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--repeat-penalty",
+            metavar="R",
+            rich_help_panel=SAMPLING,
+            help="Make recent tokens less likely; 1 is off.",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            rich_help_panel=SAMPLING,
+            help="Same seed, same answer.",
+            show_default="a new one",
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stop", metavar="TEXT", rich_help_panel=SAMPLING, help="End before TEXT appears; may be repeated."
+        ),
+    ] = None
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", rich_help_panel=SAMPLING, help="Go on past the model's end-of-text tokens."),
+    ] = SamplingParams.ignore_eos
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(**{**dataclasses.asdict(self), "stop": tuple(self.stop or ())})
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Where the prompt comes from and how it is wrapped."""
+
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "-p",
+            "--prompt",
+            metavar="TEXT",
+            rich_help_panel=PROMPT,
+            help="The prompt. Text piped to stdin follows it after a blank line, or stands alone.",
+        ),
+    ] = None
+    file: File = None
+    system: System = None
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", rich_help_panel=PROMPT, help="Continue the text as it is, without the chat template."),
+    ] = False
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer wants it: parameters that are dataclasses of options replaced by their fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type] = {}
+    flat: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            groups[name] = hint
+            inner = get_type_hints(hint, include_extras=True)
+            flat += [_keyword(field.name, inner[field.name], field.default) for field in dataclasses.fields(hint)]
+        else:
+            flat.append(_keyword(name, hint, parameter.default))
+
+    @functools.wraps(command)
+    def taken(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+        command(**values)
+
+    paragraphs = (command.__doc__ or "").split("\n\n")
+    taken.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # the terminal wraps anew
+    del taken.__wrapped__  # else typer would look past the new signature
+    taken.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    taken.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return taken
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    empty = default is dataclasses.MISSING or default is inspect.Parameter.empty
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if empty else default,
+        annotation=annotation,
+    )

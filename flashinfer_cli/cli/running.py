@@ -1,0 +1,145 @@
+"""What the commands that compute share: opening the engine, streaming an answer, the figures, files of results."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .console import Console
+from .options import PromptOptions, RunOptions
+from .report_tables import report_tables
+
+if TYPE_CHECKING:
+    from ..decoding.generate import TokenEvent
+    from ..engine import Engine
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+@dataclass
+class Answer:
+    """What has come so far; `finish_reason` is None while it is coming, and at the end says why it ended."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def take(self, events: Iterable[TokenEvent], console: Console | None) -> None:
+        """Follow the events to their end, or until Ctrl-C, showing the text as it comes."""
+        try:
+            for event in events:
+                self.token_ids.append(event.token_id)
+                self.text += event.text
+                if console is not None:
+                    console.answer(event.text)
+                self.finish_reason = event.finish_reason or self.finish_reason
+        except KeyboardInterrupt:
+            self.finish_reason = "interrupted"
+        finally:
+            if hasattr(events, "close"):
+                events.close()
+
+    @property
+    def interrupted(self) -> bool:
+        return self.finish_reason == "interrupted"
+
+
+@contextmanager
+def opened(model: str, run: RunOptions, console: Console) -> Iterator[Engine]:
+    """The engine, with its loading shown; closed at the end whatever happens."""
+    compile_kernels(run, console)
+    from ..engine import load
+
+    with load(model, **run.given(), notify=console.note, progress=console.progress) as engine:
+        console.clear()
+        yield engine
+    console.clear()
+
+
+def compile_kernels(run: RunOptions, console: Console) -> None:
+    """Have the kernels compiled, once a machine, in a process of its own: before torch fills this one."""
+    if run.config().kernels == "auto":
+        from ..kernels.warm import ensure_compiled
+
+        ensure_compiled(console.note)
+
+
+def prompt_ids(engine: Engine, text: str, prompt: PromptOptions) -> str | list[int]:
+    """The prompt as the model is to see it: through its chat template where it has one, unless --raw."""
+    if prompt.raw:
+        return text
+    if not engine.tokenizer.has_chat_template:
+        if prompt.system is not None:
+            raise UsageError("--system needs a chat template, and this model has none.", "Put it into the prompt.")
+        return text
+    messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
+    return engine.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+
+
+def reading(console: Console) -> Callable[[int, int], None]:
+    """Progress of the prompt."""
+    return lambda done, total: console.progress(done, total, "reading the prompt")
+
+
+def finish(engine: Engine, console: Console, *, stats: bool) -> None:
+    """The figures that end a run."""
+    report = engine.report()
+    for warning in report.warnings:
+        console.warn(warning)
+    if stats:
+        console.show(report_tables(report.to_dict()), on_stderr=True)
+    console.note(report.summary())
+
+
+def as_json(value: Any) -> str:
+    """One line of strict JSON: values that are not finite become null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def check_writable(*files: Path | None) -> None:
+    """Refuse places that cannot be written before the work whose result they are to hold."""
+    for file in files:
+        if file is None or str(file) == "-":
+            continue
+        if file.is_dir():
+            raise UsageError(f"'{file}' is a folder; name a file in it.")
+        if not file.absolute().parent.is_dir():
+            raise UsageError(f"There is no folder '{file.parent}' to write '{file.name}' into.")
+        if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            raise UsageError(f"'{file}' may not be written.")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout, a named pipe: nothing to replace
+            path.write_text(text, encoding="utf-8")
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                out.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be written: {error.strerror}.") from None

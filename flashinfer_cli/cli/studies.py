@@ -1,0 +1,219 @@
+"""The commands whose result is a finding rather than an answer: inspect, plan, profile, evaluate, bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..config import format_size
+from ..errors import BundleError, UsageError
+from .console import Console
+from .options import (
+    MODEL,
+    OUTPUT,
+    PROMPT,
+    File,
+    Json,
+    Model,
+    ModelArgument,
+    PromptOptions,
+    Quiet,
+    Revision,
+    RunOptions,
+    SamplingOptions,
+)
+from .prompts import gather, required
+from .report_tables import report_tables
+from .running import as_json, check_writable, compile_kernels, opened, prompt_ids, write_file
+from .tables import Table, evaluation_table, inspect_tables, plan_dict, plan_tables
+
+PROFILE_PROMPT = "Once upon a time, in a small house by the sea, there lived"
+
+
+def inspect(model: ModelArgument, revision: Revision = None, json: Json = False) -> None:
+    """Show what is in a checkpoint or bundle, without loading it.
+
+    Architecture, sizes by part, number formats, tokenizer, chat template, and what would stream.
+    """
+    console = Console()
+    from ..apps.inspect import inspect_model
+
+    found = inspect_model(model, revision=revision)
+    if json:
+        console.answer(as_json(found))
+    else:
+        console.show(inspect_tables(found))
+
+
+def plan(model: Model, run: RunOptions, json: Json = False) -> None:
+    """Show the memory plan for a budget, without running.
+
+    Fails, naming the least that would do, when the model cannot run in that budget.
+    """
+    console = Console()
+    config = run.config()
+    from ..apps.planning import plan_only
+
+    made = plan_only(model, config)
+    if json:
+        console.answer(as_json(plan_dict(made)))
+    else:
+        console.show(plan_tables(made))
+
+
+def profile(
+    model: Model,
+    prompt: PromptOptions,
+    sampling: SamplingOptions,
+    run: RunOptions,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", rich_help_panel=OUTPUT, help="Write the report as JSON; - is stdout."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Write one self-contained page of charts."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a prompt and show where memory and time went.
+
+    Plan against actual memory, reads against what the drive can do (measured in place), waiting against computing by
+    layer, prefill apart from decode, the cold start apart from the rest. Without a prompt, a short one is taken.
+    """
+    console = Console(quiet)
+    params = sampling.params()
+    check_writable(json, html)
+    text = gather(prompt.prompt, prompt.file, console.note)
+    with opened(model, run, console) as engine:
+        from ..apps.profile import profile as measure
+
+        asked = prompt_ids(engine, PROFILE_PROMPT if text is None else text, prompt)
+        report = measure(engine, asked, params, console.progress)
+        console.clear()
+        found = report.to_dict()
+        if html is not None:
+            from ..apps.html_report import render
+
+            write_file(html, render(found))
+        on_stdout = json is not None and str(json) == "-"
+        if json is not None and not on_stdout:
+            write_file(json, as_json(found))
+        if on_stdout:
+            console.answer(as_json(found))
+        console.show(report_tables(found), on_stderr=on_stdout)
+        for warning in report.warnings:
+            console.warn(warning)
+        console.note(report.summary())
+
+
+def evaluate(
+    model: Model,
+    run: RunOptions,
+    file: File = None,
+    text: Annotated[
+        str | None, typer.Option("-p", "--prompt", metavar="TEXT", rich_help_panel=PROMPT, help="The text itself.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("-n", "--max-tokens", min=2, metavar="N", rich_help_panel=PROMPT, help="Only the first N tokens."),
+    ] = None,
+    against: Annotated[
+        Literal["dense"] | None,
+        typer.Option(
+            "--against", rich_help_panel=MODEL, help="Compare with the resident model: mean KL, top-1 agreement."
+        ),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the perplexity of a text.
+
+    With --against dense the same text also goes through the resident model, and the two are compared token by token.
+    """
+    console = Console(quiet)
+    config = run.config()
+    how = "Give one with -f FILE, -p TEXT or on stdin."
+    given = required(gather(text, file, console.note, what="text"), how, what="text")
+    compile_kernels(run, console)
+    from ..apps.evaluate import evaluate as measure
+
+    found = measure(model, given, config, against=against, max_tokens=max_tokens, progress=console.progress)
+    console.clear()
+    if json:
+        console.answer(as_json(found))
+    else:
+        console.show([evaluation_table(found)])
+
+
+def bundle(
+    model: ModelArgument,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to make.")] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", metavar="DTYPE", rich_help_panel=OUTPUT, help="auto keeps the model's own; F16, BF16, F32."
+        ),
+    ] = "auto",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show the files, their sizes and the free space only."),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", rich_help_panel=OUTPUT, help="Check every SHA-256 of a bundle that is there already."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace a bundle that is there already.")
+    ] = False,
+    revision: Revision = None,
+    quiet: Quiet = False,
+) -> None:
+    """Rewrite a checkpoint so that it streams fast.
+
+    The weights that are used together come to lie together, aligned, in plain safetensors. The source is never touched;
+    an interrupted run goes on where it stopped when started again. With --verify, OUT may be left out: MODEL is the
+    bundle.
+    """
+    console = Console(quiet)
+    if out is None and not verify:
+        raise UsageError("Missing argument 'OUT'.", "Name the folder to make: genai-run bundle MODEL OUT.")
+    if verify:
+        _verify(Path(model) if out is None else out, console)
+        return
+    assert out is not None
+    from ..engine import bundle as make
+
+    def progress(done: int, total: int, file: str) -> None:
+        console.progress(done, total, "bundling")
+
+    made = make(
+        model, out, dtype=dtype, dry_run=dry_run, overwrite=overwrite, revision=revision, progress=progress
+    )  # fmt: skip
+    console.clear()
+    if dry_run:
+        rows = [(file.name, format_size(file.nbytes)) for file in made.files]
+        rows += [("all files", format_size(made.total_bytes)), ("free space there", format_size(_free_space(out)))]
+        console.show([Table(f"Would write {out} ({made.exactness})", ("file", "size"), rows)])
+    else:
+        console.answer(f"{made}\n")
+
+
+def _verify(path: Path, console: Console) -> None:
+    from ..bundle.verify import verify_bundle
+
+    problems = verify_bundle(path, lambda done, total, file: console.progress(done, total, "checking"))
+    console.clear()
+    if problems:
+        more = f" {len(problems) - 1} more files are wrong too." if len(problems) > 1 else ""
+        raise BundleError(f"The bundle {path} is damaged: {problems[0]}{more}", "Make it again with --overwrite.")
+    console.answer(f"{path}: every file is as it was written.\n")
+
+
+def _free_space(path: Path) -> int:
+    """Bytes free where `path` is to be, the folders still to be made aside."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free

@@ -1,0 +1,304 @@
+"""The engine: a loaded model under a byte budget, and the public functions `load` and `bundle`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import device as devices
+from .cache.kv import KVCache
+from .cache.slices import Feed
+from .config import DEFAULT_CONTEXT, ModelConfig, RunConfig, SamplingParams
+from .decoding.chat import ChatSession
+from .decoding.generate import Session, TokenEvent, check_ids, generate
+from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
+from .kernels import select
+from .kernels.warm import ensure_compiled
+from .layers.linear import Runtime
+from .models.build import Builder
+from .models.layout import ModelLayout, lay_out, sizes_of
+from .models.open import OpenModel, open_model
+from .plan import MemoryPlan, make_plan
+from .report import PlanPart, Recorder, RunReport, io_rows, layer_rows, phase_report
+from .store.flash import FlashStore
+from .tokenizer import Tokenizer
+
+Notify = Callable[[str], None]
+Need = Callable[[Tokenizer], int]
+Progress = Callable[[int, int, str], None]
+
+
+def plan_model(model: OpenModel, layout: ModelLayout, run: RunConfig, device: devices.Device) -> tuple[MemoryPlan, RunConfig]:
+    """The memory plan of a run, and the run with its context settled.
+
+    Without --context the default shrinks by halves, down to 512 tokens, where the budget asks for it. Raises BudgetError.
+    """
+    longest = model.config.max_position_embeddings or DEFAULT_CONTEXT
+    wanted = [run.context] if run.context else [min(longest, DEFAULT_CONTEXT >> i) for i in range(4)]
+    gc.collect()
+    devices.release_free_memory()
+    budget, process, peak = devices.budget_bytes(run.memory), devices.resident_bytes(), devices.peak_bytes()
+    refused: BudgetError | None = None
+    for context in wanted:
+        settled = replace(run, context=context)
+        try:
+            plan = make_plan(
+                sizes_of(layout, model.config, settled),
+                budget=budget,
+                process=process,
+                peak_so_far=peak,
+                context=context,
+                chunk=run.prefill_chunk,
+                stream=run.stream,
+                card=device.card_memory(),
+            )
+            return plan, settled
+        except BudgetError as error:
+            refused = error
+    assert refused is not None
+    raise refused
+
+
+class Engine:
+    """A model, loaded under a plan. Sessions made from it own their keys and values; one runs at a time.
+
+    Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        model: OpenModel,
+        run: RunConfig,
+        *,
+        need: Need | None = None,
+        notify: Notify | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        devices.tame_allocator()
+        self.model = model
+        self.config: ModelConfig = model.config
+        self.device = devices.resolve(run.device)
+        self.recorder = Recorder()
+        self.warnings: list[str] = []
+        threads = run.threads or devices.cores()
+        torch.set_num_threads(threads)
+        self.threads = threads
+        self.kernels, warning = select(self.device.kind, run.kernels, threads)
+        if warning:
+            self.warnings.append(warning)
+            if notify is not None:
+                notify(warning)
+        try:  # its memory belongs to the process part of the plan
+            self._tokenizer: Tokenizer | TokenizerError = model.tokenizer
+        except TokenizerError as error:
+            self._tokenizer = error
+        if run.context is None and need is not None and isinstance(self._tokenizer, Tokenizer):
+            run = replace(run, context=min(need(self._tokenizer), model.config.max_position_embeddings or DEFAULT_CONTEXT))
+        self._warm_up()
+        layout = lay_out(model.checkpoint, model.config, model.weights)
+        self.plan, self.run = plan_model(model, layout, run, self.device)
+        if notify is not None:
+            notify(describe_plan(self.plan))
+        self._first_token: float | None = None
+        self.drive: dict[str, Any] | None = None
+        self.store = FlashStore(self.recorder, threads=run.io_threads, direct=run.direct_io)
+        try:
+            feed = Feed(self.store, self.device, self.recorder)
+            rt = Runtime(self.kernels, feed, self.recorder)
+            with self.recorder.during("load", 0):
+                if progress is not None:
+                    feed.progress = lambda done, total: progress(done, total, "loading")
+                self.decoder = Builder(model.checkpoint, model.config, layout, self.plan, rt).build()
+                self.store.tick()
+            assert self.run.context is not None
+            self._kv = KVCache(model.config, self.run.context, self.device.name)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def _warm_up(self) -> None:
+        """Touch what libraries allocate on first use, so that the plan sees it."""
+        a = torch.ones(64, 256, device=self.device.name)
+        (a @ a.T).softmax(-1)
+        weight = torch.zeros(64, 1024, dtype=torch.uint8, device=self.device.name)
+        for tokens in (1, 64):
+            self.kernels.linear(a[:tokens].contiguous(), weight, "F32", a.new_empty(tokens, 64), 0)
+        self.device.synchronize()
+
+    # ---- what it is
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises TokenizerError where the model has none; ids still work."""
+        if isinstance(self._tokenizer, TokenizerError):
+            raise self._tokenizer
+        return self._tokenizer
+
+    @property
+    def checkpoint(self):  # type: ignore[no-untyped-def]
+        return self.model.checkpoint
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, its end-of-sequence ids completed from the config and the tokenizer."""
+        given = dict(self.model.checkpoint.generation_config)
+        if given.get("eos_token_id") is None:
+            known = list(self.config.eos_token_ids)
+            if not isinstance(self._tokenizer, TokenizerError):
+                known += [i for i in self._tokenizer.eos_token_ids if i not in known]
+            given["eos_token_id"] = known
+        return given
+
+    # ---- running it
+    def session(self) -> Session:
+        """A new, empty sequence. It takes over the engine's keys and values from the session before."""
+        self._kv.trim(0)
+        return Session(self.decoder, self._kv, self.recorder, chunk=self.plan.chunk, check=self._check)
+
+    def logits(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """float32 [T, vocab_size]: one forward pass over the whole sequence. The result itself is not in the budget."""
+        ids = [int(i) for i in token_ids]
+        check_ids(ids, self.config.vocab_size)
+        session = self.session()
+        try:
+            return torch.cat([part.cpu() for part in session.all_logits(ids, self.plan.chunk)])
+        finally:
+            self.decoder.rt.feed.end()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[TokenEvent]:
+        """Continue a prompt, text as it is (see `chat_prompt`) or token ids; yields an event a token."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        return self.continue_session(self.session(), ids, sampling, progress=progress)
+
+    def continue_session(
+        self,
+        session: Session,
+        ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[TokenEvent]:
+        """Continue a session by a prompt's ids; yields an event a token."""
+        check_ids(ids, self.config.vocab_size)
+        params = (sampling or SamplingParams()).resolved(self.generation_config)
+        text = None if isinstance(self._tokenizer, TokenizerError) else self._tokenizer.stream()
+        if text is None and params.stop:
+            raise UsageError("Stop strings need a tokenizer, and this model has none.")
+
+        def first_token(seconds: float) -> None:
+            self._first_token = seconds if self._first_token is None else self._first_token
+
+        return generate(session, ids, params, text=text, progress=progress, first_token=first_token)
+
+    def chat(self, system: str | None = None) -> ChatSession:
+        """A conversation in the model's own chat template; TokenizerError where it has none."""
+        return ChatSession(self.tokenizer, self.session(), self.continue_session, system)
+
+    # ---- what it did
+    def _check(self, logits: torch.Tensor) -> None:
+        """Raises CorruptCheckpointError, naming the tensor at fault where there is one, when logits are not numbers."""
+        if torch.isnan(logits).any():
+            from .models.diagnose import first_bad_tensor
+
+            name = first_bad_tensor(self.model.checkpoint, self.kernels)
+            where = f"tensor '{name}' holds NaN or infinite values" if name else "an activation overflowed"
+            raise CorruptCheckpointError(f"The model's output is not a number: {where}.")
+
+    def report(self) -> RunReport:
+        """The account so far."""
+        self.store.tick()
+        plan, recorder = self.plan, self.recorder
+        actual = {
+            "keys and values": self._kv.nbytes,
+            "streaming ring": plan.ring_bytes if self.decoder.rt.feed.ring is not None else 0,
+            "pinned weights": self.decoder.rt.feed.pinned_bytes,
+        }
+        return RunReport(
+            model=self.model.describe(),
+            exactness=self.model.exactness,
+            device=self.device.name,
+            kernels=self.kernels.name,
+            threads=self.threads,
+            direct_io=self.store.mode,
+            budget=plan.budget,
+            peak=devices.peak_bytes(),
+            least=plan.least,
+            plan=tuple(replace(part, actual=actual.get(part.part)) for part in plan.parts),
+            resident_bytes=plan.resident_bytes,
+            streamed_bytes=plan.streamed_bytes,
+            load=phase_report(recorder, "load"),
+            prefill=phase_report(recorder, "prefill"),
+            decode=phase_report(recorder, "decode"),
+            layers=layer_rows(recorder),
+            io=io_rows(recorder),
+            request_sizes=dict(sorted(recorder.sizes.items())),
+            steps=tuple(recorder.steps),
+            wasted_bytes=recorder.wasted_bytes,
+            first_token_seconds=self._first_token,
+            drive=self.drive,
+            warnings=tuple(self.warnings),
+        )
+
+    def close(self) -> None:
+        """Stop reading and let go of the memory."""
+        self.decoder.rt.feed.end()
+        self.store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def describe_plan(plan: MemoryPlan) -> str:
+    """The plan in one line."""
+    from .config import format_size
+
+    what = (
+        "all weights stay in memory"
+        if plan.everything_fits
+        else f"{format_size(plan.resident_bytes)} of weights stay, {format_size(plan.streamed_bytes)} stream"
+    )
+    return f"{format_size(plan.budget)} budget: {what}, context {plan.context}"
+
+
+def load(
+    model: str | Path,
+    *,
+    need: Need | None = None,
+    notify: Notify | None = None,
+    progress: Progress | None = None,
+    **run_options: Any,
+) -> Engine:
+    """Load a Hugging Face folder, a GGUF file, a bundle, or org/name from the hub.
+
+    `run_options` are the fields of RunConfig: memory ("4GiB", "60%", "auto" or bytes), device, stream, context, ...
+    `need` says, given the tokenizer, how many tokens the context must hold when no `context` is given. Raises errors.* as
+    told there.
+    """
+    known = {f.name for f in fields(RunConfig)}
+    unknown = next((name for name in run_options if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"Unknown option '{unknown}'.", f"Options are {', '.join(sorted(known))}.")
+    run = RunConfig(**run_options)
+    if run.kernels == "auto":
+        ensure_compiled(notify)
+    return Engine(open_model(model, revision=run.revision), run, need=need, notify=notify, progress=progress)
+
+
+def bundle(model: str | Path, out: str | Path, **options: Any) -> Any:
+    """Repack a checkpoint for flash; see `apps.bundling.bundle`."""
+    from .apps.bundling import bundle as make
+
+    return make(model, out, **options)

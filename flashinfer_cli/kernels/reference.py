@@ -1,0 +1,76 @@
+"""The kernels in plain torch, on any device: what the right answer is, and what runs where nothing faster does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..checkpoint.base import FORMATS, PLAIN
+from .activations import ACTIVATIONS
+
+TILE_BYTES = 1 << 20  # of float32, converted at a time
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def as_plain(weight: torch.Tensor, fmt: str) -> torch.Tensor:
+    """uint8 [..., bytes] in a plain format as a tensor of its dtype; copied only when torch cannot view that address."""
+    dtype = DTYPES[fmt]
+    size = FORMATS[fmt][1]
+    if weight.storage_offset() % size or weight.data_ptr() % size:
+        weight = weight.clone()
+    return weight.view(dtype)
+
+
+def to_float(weight: torch.Tensor, fmt: str) -> torch.Tensor:
+    """uint8 [rows, row bytes] as float32 [rows, cols], on the same device."""
+    if fmt in PLAIN:
+        return as_plain(weight, fmt).float()
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values = dequantize(weight.cpu().numpy(), GGMLQuantizationType[fmt])
+    return torch.from_numpy(values).to(weight.device)
+
+
+def _tiles(rows: int, cols: int) -> Iterator[slice]:
+    step = max(1, TILE_BYTES // (4 * cols))
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+class ReferenceKernels:
+    """`Kernels` in plain torch; scratch is about TILE_BYTES, however large the weights."""
+
+    name = "reference"
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
+        for tile in _tiles(weight.shape[0], x.shape[1]):
+            out[:, start + tile.start : start + tile.stop] = x @ to_float(weight[tile], fmt).T
+
+    def ffn_records(
+        self,
+        x: torch.Tensor,
+        records: torch.Tensor,
+        fmt: str,
+        gated: bool,
+        act: str,
+        bias: tuple[torch.Tensor | None, torch.Tensor | None] | None,
+        out: torch.Tensor,
+    ) -> None:
+        part = x.shape[1] * FORMATS[fmt][1]
+        gate_bias, up_bias = bias or (None, None)
+
+        def project(tile: slice, index: int, own: torch.Tensor | None) -> torch.Tensor:
+            y = x @ to_float(records[tile, index * part : (index + 1) * part].contiguous(), fmt).T
+            return y if own is None else y + own[tile]
+
+        for tile in _tiles(records.shape[0], x.shape[1]):
+            up = project(tile, int(gated), up_bias)
+            hidden = ACTIVATIONS[act](project(tile, 0, gate_bias)) * up if gated else ACTIVATIONS[act](up)
+            down = (1 + gated) * part
+            out += hidden @ to_float(records[tile, down : down + part].contiguous(), fmt)
+
+    def dequantize(self, weight: torch.Tensor, fmt: str, cols: int) -> torch.Tensor:
+        assert weight.shape[1] == cols // FORMATS[fmt][0] * FORMATS[fmt][1], (weight.shape, fmt, cols)
+        return to_float(weight, fmt).clone() if fmt == "F32" else to_float(weight, fmt)

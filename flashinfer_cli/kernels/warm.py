@@ -1,0 +1,193 @@
+"""Compiled kernels, kept for the next run: compiled once a machine and version, in a process that ends when it is done.
+
+`python -m flashinfer_cli.kernels.warm DIRECTORY` is that process. It imports numpy and numba only, so the memory that a compiler
+takes never becomes that of the process that runs the model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SECONDS = 15  # what compiling takes, for the notice
+TIMEOUT = 600
+_SOURCES = ("lanes.py", "dots.py", "codecs.py", "memory.py", "jobs.py", "cpu.py", "warm.py", "../checkpoint/base.py")
+_OBJECT = "kernels.o"
+
+Enter = Callable[[int, int], object]
+
+_lock = threading.Lock()
+_loaded: Enter | None = None
+_engines: list[Any] = []
+
+
+def fingerprint() -> str:
+    """What the compiled code depends on: the sources, the compiler's version, Python's, and the processor."""
+    import llvmlite
+    import llvmlite.binding as llvm
+
+    here = Path(__file__).parent
+    versions = (version("numba"), llvmlite.__version__, platform.python_version(), llvm.get_default_triple())
+    processor = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    digest = hashlib.sha256(repr((versions, processor)).encode())
+    for name in _SOURCES:
+        source = here / name
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _bases() -> Iterator[Path]:
+    given, xdg = os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if given:
+        yield Path(given) / "genai-run"
+    yield (Path(xdg) if xdg else Path.home() / ".cache") / "genai-run" / "kernels"
+    yield Path(tempfile.gettempdir()) / f"genai-run-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Compiled code is run without another look: nobody else may be able to put some there."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = folder.stat()
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & stat.S_IWOTH
+
+
+def cache_dir() -> Path:
+    """The folder for this machine's compiled kernels: one that has them, else the first that can be written.
+
+    Raises OSError when there is none.
+    """
+    key = fingerprint()
+    writable: Path | None = None
+    for base in _bases():
+        folder = base / key
+        try:
+            if (folder / _OBJECT).exists() and _is_ours(folder):
+                return folder
+            if writable is None:
+                base.mkdir(parents=True, exist_ok=True, mode=0o700)
+                folder.mkdir(exist_ok=True, mode=0o700)
+                tempfile.TemporaryFile(dir=folder).close()
+                writable = folder if _is_ours(folder) else None
+        except (OSError, RuntimeError):
+            continue
+    if writable is None:
+        raise OSError("no folder for compiled kernels can be written (set NUMBA_CACHE_DIR)")
+    return writable
+
+
+def _compile(folder: Path) -> None:
+    """Write the machine code of `cpu.enter` into the folder; for the child process."""
+    import llvmlite.binding as llvm
+    import numba
+    from numba import types
+
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set")
+    from .cpu import enter
+
+    arguments = (types.int64, types.int64)
+    enter.compile(arguments)
+    module = llvm.parse_assembly(enter.inspect_llvm(arguments))
+    symbol = enter.overloads[arguments].fndesc.llvm_func_name
+    code = _target_machine().emit_object(module)
+    data = symbol.encode() + b"\n" + code
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(hashlib.sha256(data).digest() + data)
+    os.replace(file.name, folder / _OBJECT)
+
+
+def _target_machine() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        reloc="default",
+        codemodel="jitdefault",
+        jit=True,
+    )
+
+
+def _load(folder: Path) -> Enter:
+    """The machine code in the folder as a function; it gives up the interpreter lock while it runs."""
+    import llvmlite.binding as llvm
+
+    stored = (folder / _OBJECT).read_bytes()
+    if hashlib.sha256(stored[32:]).digest() != stored[:32]:
+        raise RuntimeError(f"{folder / _OBJECT} is damaged")
+    symbol, code = stored[32:].split(b"\n", 1)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)  # the code lives as long as its engine
+    # Numba's own calling convention: two pointers, for a result and an exception, come before the arguments
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    function = prototype(engine.get_function_address(symbol.decode()))
+    results = (ctypes.c_int64 * 4)()
+    result, error = ctypes.addressof(results), ctypes.addressof(results) + 16
+    _engines.append(results)
+    return lambda pool, worker: function(result, error, pool, worker)
+
+
+def _compile_in_child(folder: Path) -> None:
+    package_parent = str(Path(__file__).parents[2])
+    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    run = subprocess.run(
+        [sys.executable, "-m", "flashinfer_cli.kernels.warm", str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    if run.returncode:
+        last = run.stderr.strip().splitlines()[-1:] or [f"ended with status {run.returncode}"]
+        raise RuntimeError(f"compiling failed: {last[0]}")
+
+
+def ensure_compiled(notify: Callable[[str], None] | None = None) -> Enter:
+    """The compiled `cpu.enter`, loaded from the cache; compiled first, in a child process, if this machine has not yet.
+
+    `notify` gets one sentence before compiling starts. Raises ImportError without numba, RuntimeError or OSError when
+    compiling or storing fails.
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            folder = cache_dir()
+            if not (folder / _OBJECT).exists():
+                if notify is not None:
+                    notify(f"compiling CPU kernels for this machine (once, about {SECONDS} s)")
+                _compile_in_child(folder)
+            try:
+                _loaded = _load(folder)
+            except Exception:
+                shutil.rmtree(folder, ignore_errors=True)  # damaged: the next run compiles again
+                raise
+        return _loaded
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    _compile(folder)
+
+
+if __name__ == "__main__":
+    main()

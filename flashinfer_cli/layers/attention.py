@@ -1,0 +1,121 @@
+"""Multi-head, grouped-query (2305.13245) and multi-query (1911.02150) attention over the cache of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..cache.kv import KVCache
+from .linear import Linear, Runtime
+from .norm import Norm
+from .rope import Rope
+
+SCORE_BYTES = 8 << 20  # most scratch for one block of scores
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last T of S positions: q [heads, T, hd], k and v [kv_heads, S, hd] -> [T, heads * hd].
+
+    `window`: position i sees j where i - window < j <= i. `softcap`: scores become cap * tanh(score / cap). Queries are
+    taken in blocks, so scratch stays within SCORE_BYTES for any length.
+    """
+    heads, tokens, hd = q.shape
+    kv_heads, length, _ = k.shape
+    group = heads // kv_heads
+    out = q.new_empty(tokens, heads, hd)
+    block = max(1, SCORE_BYTES // (4 * heads * length))
+    for first in range(0, tokens, block):
+        last = min(first + block, tokens)
+        start = length - tokens + first  # position of the block's first query
+        stop = length - tokens + last  # keys past the block's last query are never seen
+        low = max(0, start - window + 1) if window else 0
+        keys, values = k[:, low:stop], v[:, low:stop]
+        queries = q[:, first:last].reshape(kv_heads, group * (last - first), hd)
+        scores = torch.matmul(queries, keys.transpose(1, 2)).mul_(scale)
+        if softcap:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        if last - first > 1 or (window and stop - low > window):
+            i = torch.arange(start, stop, device=q.device)[:, None]
+            j = torch.arange(low, stop, device=q.device)[None, :]
+            hidden = j > i
+            if window:
+                hidden |= j <= i - window
+            scores.view(kv_heads, group, last - first, stop - low).masked_fill_(hidden, float("-inf"))
+        mixed = torch.matmul(scores.softmax(-1), values)
+        out[first:last] = mixed.view(heads, last - first, hd).transpose(0, 1)
+    return out.view(tokens, heads * hd)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention. The projections are `q`, `k`, `v` apart, or one fused `qkv`, laid out as `grouped` says:
+    q | k | v, or for every key-value head its queries, its key, its value."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    projections: tuple[Linear, ...]  # (q, k, v) or (qkv,)
+    out: Linear
+    grouped: bool
+    rope: Rope | None
+    window: int | None
+    softcap: float | None
+    clip: float | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    norm_all_heads: bool  # over [heads * hd] at once, as OLMoE, rather than over each head
+
+    def __call__(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime) -> torch.Tensor:
+        """x [T, d] at positions kv.length.. -> [T, d]. `rope_length` is the length that stretches the rotation."""
+        tokens = x.shape[0]
+        q, k, v = self._project(x, rt)
+        with rt.recorder.computing():
+            if self.norm_all_heads:
+                q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+            if self.clip is not None:  # behind the norm, as OLMoE has it
+                q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+            q, k, v = (t.view(tokens, -1, self.head_dim) for t in (q, k, v))
+            if not self.norm_all_heads:
+                q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+            start, rope = kv.length, self.rope
+            if rope is not None:
+                positions = torch.arange(start, start + tokens, device=x.device)
+                cos, sin = rope.cos_sin(positions, rope_length)
+                q = rope.apply(q, cos, sin)
+                # Where the rotation changes with the length, keys are kept unrotated and turned when used.
+                k = k if rope.varies else rope.apply(k, cos, sin)
+            keys, values = kv.append(self.layer, k.transpose(0, 1), v.transpose(0, 1))
+            if rope is not None and rope.varies:
+                cos, sin = rope.cos_sin(torch.arange(start + tokens, device=x.device), rope_length)
+                keys = rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
+            mixed = attend(
+                q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap
+            )
+        return self.out(mixed, rt)
+
+    def _project(self, x: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        outs = [projection(x, rt) for projection in self.projections]
+        if len(outs) == 3:
+            return outs[0], outs[1], outs[2]
+        fused, tokens, hd = outs[0], x.shape[0], self.head_dim
+        if self.grouped:
+            per_kv = fused.view(tokens, self.kv_heads, -1, hd)
+            q, k, v = per_kv[:, :, :-2], per_kv[:, :, -2], per_kv[:, :, -1]
+            return q.reshape(tokens, -1), k.reshape(tokens, -1), v.reshape(tokens, -1)
+        q, k, v = fused.split((self.heads * hd, self.kv_heads * hd, self.kv_heads * hd), dim=-1)
+        return q.contiguous(), k.contiguous(), v.contiguous()
+
+    @staticmethod
+    def _normed(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        return x if norm is None else norm(x)

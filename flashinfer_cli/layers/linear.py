@@ -1,0 +1,63 @@
+"""y = x W^T + b with W in its stored format, a slice of rows at a time, each slice pinned or on its way from flash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..cache.slices import Feed, Slice
+from ..kernels import Kernels
+from ..report import Recorder
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What every layer computes with."""
+
+    kernels: Kernels
+    feed: Feed
+    recorder: Recorder
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """Rows [start, start + rows) of a matrix."""
+
+    slice: Slice
+    start: int
+    rows: int
+
+
+class Linear:
+    """A matrix [rows, cols] as row slices, in order, all of one format; `bias` float32 [rows] or None."""
+
+    def __init__(self, parts: list[RowSlice], fmt: str, rows: int, cols: int, bias: torch.Tensor | None = None) -> None:
+        self.parts = parts
+        self.format = fmt
+        self.rows = rows
+        self.cols = cols
+        self.bias = bias
+
+    @property
+    def slices(self) -> list[Slice]:
+        return [part.slice for part in self.parts]
+
+    def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
+        """x float32 [T, cols] -> float32 [T, rows]."""
+        out = x.new_empty(x.shape[0], self.rows)
+        for part in self.parts:
+            with rt.feed.use(part.slice) as data, rt.recorder.computing():
+                rt.kernels.linear(x, data.view(part.rows, -1), self.format, out, part.start)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def gather(self, ids: torch.Tensor, rt: Runtime) -> torch.Tensor:
+        """Rows `ids` [T] as float32 [T, cols]; every slice must be pinned (an embedding that stays)."""
+        out = torch.empty(len(ids), self.cols, device=ids.device)
+        for part in self.parts:
+            where = ((ids >= part.start) & (ids < part.start + part.rows)).nonzero().flatten()
+            if len(where):
+                assert part.slice.home is not None
+                rows = part.slice.home.view(part.rows, -1)[ids[where] - part.start]
+                out[where] = rt.kernels.dequantize(rows, self.format, self.cols)
+        return out

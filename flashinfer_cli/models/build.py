@@ -1,0 +1,189 @@
+"""The only wiring: a laid-out checkpoint and a plan become a decoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..cache.experts import ExpertCache
+from ..checkpoint.base import Checkpoint
+from ..config import ModelConfig
+from ..device import Device
+from ..errors import CorruptCheckpointError
+from ..layers.attention import Attention
+from ..layers.embedding import Embedding
+from ..layers.ffn import DenseFfn, RecordFfn
+from ..layers.linear import Linear, Runtime
+from ..layers.moe import MoeFfn
+from ..layers.norm import Norm
+from ..layers.rope import Rope
+from ..plan import MemoryPlan
+from .decoder import Block, Decoder, default_scale
+from .layout import LayerLayout, MatrixLayout, ModelLayout
+
+
+class Builder:
+    """Reads what always stays, pins what the plan pins, and puts the layers together."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, layout: ModelLayout, plan: MemoryPlan, rt: Runtime
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.plan = plan
+        self.rt = rt
+        self.device: Device = rt.feed.device
+        self.tensors = checkpoint.tensors
+        self.experts: ExpertCache | None = None
+        self._ropes: dict[object, Rope] = {}
+        self._always = self._read_always()
+
+    # ---- what always stays
+    def _read_always(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Norms, biases, routers as float32 on the device, read in batches, checked for NaN."""
+        found: dict[tuple[int, str], torch.Tensor] = {}
+        items = list(self.layout.always.items())
+        for first in range(0, len(items), 256):
+            batch = items[first : first + 256]
+            refs = [ref for _, ref in batch]
+            raws = self.rt.feed.store.read_now([self.tensors[r.tensor].rows(r.row, r.rows) for r in refs], "always")
+            for (key, ref), raw in zip(batch, raws, strict=True):
+                fmt = self.tensors[ref.tensor].format
+                raw = torch.from_numpy(np.array(raw)).view(ref.rows, -1)
+                value = self.rt.kernels.dequantize(raw, fmt, ref.cols).clone()
+                if not torch.isfinite(value).all():
+                    raise CorruptCheckpointError(f"Tensor '{ref.tensor}' holds NaN or infinite values.")
+                is_vector = key[1].endswith(".bias") or "norm" in key[1]
+                found[key] = self.device.put(value.flatten() if is_vector else value)
+        return found
+
+    def _get(self, layer: int, role: str) -> torch.Tensor | None:
+        return self._always.get((layer, role))
+
+    def _norm(self, layer: int, role: str, *, kind: str | None = None) -> Norm | None:
+        weight, bias = self._get(layer, role), self._get(layer, f"{role}.bias")
+        if weight is None:
+            return None
+        if self.config.norm_offset:
+            weight = weight + self.config.norm_offset
+        return Norm(kind or self.config.norm, weight, bias, self.config.norm_eps)
+
+    def _linear(self, layer: int, role: str, matrix: MatrixLayout) -> Linear:
+        return Linear(matrix.parts, matrix.format, matrix.rows, matrix.cols, self._get(layer, f"{role}.bias"))
+
+    # ---- layers
+    def _attention(self, index: int, layer: LayerLayout) -> Attention:
+        config = self.config
+        rope_config = config.rope_of(index)
+        if rope_config is not None and rope_config not in self._ropes:
+            self._ropes[rope_config] = Rope(rope_config, config.head_dim, self.device.name)
+        roles = ("qkv",) if "qkv" in layer.matrices else ("q", "k", "v")
+        kind = config.qk_norm_type
+        return Attention(
+            layer=index,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            scale=default_scale(config),
+            projections=tuple(self._linear(index, role, layer.matrices[role]) for role in roles),
+            out=self._linear(index, "o", layer.matrices["o"]),
+            grouped=config.qkv_layout == "grouped",
+            rope=None if rope_config is None else self._ropes[rope_config],
+            window=config.sliding_window if config.is_sliding(index) else None,
+            softcap=config.attn_logit_softcap,
+            clip=config.clip_qkv,
+            q_norm=self._norm(index, "q_norm", kind=kind),
+            k_norm=self._norm(index, "k_norm", kind=kind),
+            norm_all_heads=config.qk_norm == "full",
+        )
+
+    def _ffn(self, index: int, layer: LayerLayout) -> DenseFfn | RecordFfn | MoeFfn:
+        config = self.config
+        if layer.expert_extents:
+            assert config.moe is not None and self.experts is not None
+            router = self._get(index, "router")
+            assert router is not None
+            shared = self._dense(index, layer, "shared.") if "shared.up" in layer.matrices else None
+            return MoeFfn(
+                layer=index,
+                moe=config.moe,
+                router=router,
+                router_bias=self._get(index, "router.bias"),
+                cache=self.experts,
+                layouts=tuple(layer.expert_layouts),
+                act=config.hidden_act,
+                shared=shared,
+                shared_gate=self._get(index, "shared_gate"),
+            )
+        if layer.records is not None:
+            return RecordFfn(
+                parts=layer.record_parts,
+                format=layer.records.format,
+                gated=config.gated,
+                act=config.hidden_act,
+                gate_bias=self._get(index, "gate.bias"),
+                up_bias=self._get(index, "up.bias"),
+                down_bias=self._get(index, "down.bias"),
+            )
+        return self._dense(index, layer, "")
+
+    def _dense(self, index: int, layer: LayerLayout, prefix: str) -> DenseFfn:
+        def matrix(role: str) -> Linear | None:
+            found = layer.matrices.get(prefix + role)
+            return None if found is None else self._linear(index, prefix + role, found)
+
+        up, down = matrix("up"), matrix("down")
+        assert up is not None and down is not None
+        return DenseFfn(matrix("gate"), up, down, self.config.hidden_act)
+
+    def _block(self, index: int, layer: LayerLayout) -> Block:
+        attn_norm = self._norm(index, "attn_norm")
+        assert attn_norm is not None
+        return Block(
+            attention=self._attention(index, layer),
+            ffn=self._ffn(index, layer),
+            attn_norm=attn_norm,
+            ffn_norm=self._norm(index, "ffn_norm"),
+            attn_post_norm=self._norm(index, "attn_post_norm"),
+            ffn_post_norm=self._norm(index, "ffn_post_norm"),
+            parallel=self.config.parallel_block,
+            norm_first=self.config.norm_first,
+        )
+
+    def build(self) -> Decoder:
+        """Pin what stays, make the caches, and assemble."""
+        layout, plan, rt = self.layout, self.plan, self.rt
+        body = layout.body
+        ordered = [*body, *layout.head.slices]
+        pinned = [s for s, stays in zip(ordered, plan.pinned, strict=True) if stays]
+        if plan.table_stays and not layout.tied:
+            pinned += layout.embed.slices
+        rt.feed.pin(pinned)
+        rt.feed.open_ring(plan.ring_bytes)
+        extents = {i: layer.expert_extents for i, layer in enumerate(layout.layers) if layer.expert_extents}
+        if extents:
+            self.experts = ExpertCache(
+                rt.feed.store,
+                self.device,
+                rt.recorder,
+                extents,
+                per_layer=plan.experts_per_layer,
+                transit=plan.transit_experts,
+            )
+            if plan.everything_fits:
+                self.experts.fill()
+        config = self.config
+        projections = {role: self._linear(-1, role, matrix) for role, matrix in layout.model.items()}
+        embed_info = self.tensors[layout.embed_tensor]
+        return Decoder(
+            config,
+            rt,
+            embedding=Embedding(embed_info, self._linear(-1, "embed", layout.embed)),
+            positions=self._get(-1, "positions"),
+            project_in=projections.get("project_in"),
+            blocks=[self._block(i, layer) for i, layer in enumerate(layout.layers)],
+            project_out=projections.get("project_out"),
+            final_norm=self._norm(-1, "final_norm") if config.final_norm else None,
+            head=self._linear(-1, "head", layout.head),
+            body=body,
+        )

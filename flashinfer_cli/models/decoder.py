@@ -1,0 +1,132 @@
+"""The decoder: every family is this one forward pass with other norms, rotations and FFNs plugged in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..cache.kv import KVCache
+from ..cache.slices import Slice
+from ..config import ModelConfig
+from ..layers.attention import Attention
+from ..layers.embedding import Embedding
+from ..layers.ffn import DenseFfn, RecordFfn
+from ..layers.linear import Linear, Runtime
+from ..layers.moe import MoeFfn
+from ..layers.norm import Norm
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer. Norms that a family does not have are None."""
+
+    attention: Attention
+    ffn: DenseFfn | RecordFfn | MoeFfn
+    attn_norm: Norm
+    ffn_norm: Norm | None
+    attn_post_norm: Norm | None
+    ffn_post_norm: Norm | None
+    parallel: bool
+    norm_first: bool
+
+    def __call__(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime) -> torch.Tensor:
+        """x float32 [T, d] -> [T, d]."""
+        if not self.norm_first:  # opt-350m: the norm comes after the residual
+            assert self.ffn_norm is not None
+            x = self.attn_norm(x + self.attention(x, kv, rope_length, rt))
+            return self.ffn_norm(x + self.ffn(x, rt))
+        h = self.attn_norm(x)
+        a = self.attention(h, kv, rope_length, rt)
+        if self.parallel:
+            f = self.ffn(h if self.ffn_norm is None else self.ffn_norm(x), rt)
+            return x + a + f
+        x = x + (a if self.attn_post_norm is None else self.attn_post_norm(a))
+        assert self.ffn_norm is not None
+        f = self.ffn(self.ffn_norm(x), rt)
+        return x + (f if self.ffn_post_norm is None else self.ffn_post_norm(f))
+
+
+class Decoder:
+    """Token ids to logits. Holds no sequence: keys and values come with each call."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rt: Runtime,
+        *,
+        embedding: Embedding,
+        positions: torch.Tensor | None,
+        project_in: Linear | None,
+        blocks: Sequence[Block],
+        project_out: Linear | None,
+        final_norm: Norm | None,
+        head: Linear,
+        body: Sequence[Slice],
+    ) -> None:
+        self.config = config
+        self.rt = rt
+        self.embedding = embedding
+        self.positions = positions
+        self.project_in = project_in
+        self.blocks = tuple(blocks)
+        self.project_out = project_out
+        self.final_norm = final_norm
+        self.head = head
+        streamed_body = tuple(s for s in body if s.home is None)
+        self._passes = {
+            False: streamed_body,
+            True: (*streamed_body, *(s for s in head.slices if s.home is None)),
+        }
+
+    def begin(self, with_head: bool, following: Sequence[bool] = ()) -> None:
+        """Announce a pass, with or without the head, and those known to follow it, so that they can be read ahead."""
+        self.rt.feed.begin(self._passes[with_head], [self._passes[f] for f in following])
+
+    def forward(
+        self, ids: torch.Tensor, kv: KVCache, *, logits: Literal["none", "last", "all"] = "last", rope_length: int | None = None
+    ) -> torch.Tensor | None:
+        """Run token ids [T] that follow what `kv` holds; returns float32 [1 or T, vocab_size], or None.
+
+        `begin` announces the pass first. `rope_length` is the length of the whole sequence where it is known to go on,
+        which matters to rotations that depend on it (dynamic, longrope).
+        """
+        rt, config = self.rt, self.config
+        tokens = len(ids)
+        kv.check_room(tokens)
+        end = kv.length + tokens
+        rt.recorder.layer = -1
+        x = self.embedding(ids, rt)
+        if config.embedding_scale != 1.0:
+            x = x * config.embedding_scale
+        if self.project_in is not None:
+            x = self.project_in(x, rt)
+        if self.positions is not None:
+            first = kv.length + config.position_offset
+            x = x + self.positions[first : first + tokens]
+        for index, block in enumerate(self.blocks):
+            rt.recorder.layer = index
+            x = block(x, kv, max(end, rope_length or 0), rt)
+        kv.advance(tokens)
+        rt.recorder.layer = len(self.blocks)
+        if self.project_out is not None:
+            x = self.project_out(x if self.final_norm is None else self.final_norm(x), rt)
+        elif self.final_norm is not None and logits != "none":
+            x = self.final_norm(x[-1:] if logits == "last" else x)
+        if logits == "none":
+            return None
+        out = self.head(x[-1:] if logits == "last" else x, rt)
+        if config.logit_scale != 1.0:
+            out *= config.logit_scale
+        if config.final_logit_softcap:
+            cap = config.final_logit_softcap
+            out = out.div_(cap).tanh_().mul_(cap)
+        return out
+
+
+def default_scale(config: ModelConfig) -> float:
+    """What q.k is multiplied by."""
+    return config.attention_scale if config.attention_scale is not None else 1 / math.sqrt(config.head_dim)

@@ -1,0 +1,268 @@
+"""The table of families: a frozen row a `model_type` says what differs from llama, so that a new family is a new row.
+
+A row holds three kinds of facts: the words and defaults of its config.json, the flags of its block, and the names of
+its tensors by role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from .names import LAYER, MODEL, POST_NORM_LAYER, Names, renamed
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`. `words` maps our words to the config's keys where they differ; `defaults` go by the latter."""
+
+    model_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
+    act_means: Mapping[str, str] = field(default_factory=dict)  # activations whose name means another one here
+
+    gated: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    parallel_block: bool = False
+    post_norms: bool = False
+    qkv_layout: Literal["split", "grouped"] = "split"
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qk_norm_flag: str | None = None  # the config's key that says whether q and k are normed at all
+    scale_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    query_scale: bool = False  # attention is scaled by query_pre_attn_scalar ** -0.5
+    attn_softcap: bool = False  # gemma3 names one in its config too, and transformers does not use it
+    final_softcap: bool = False
+
+    rotary: bool = True
+    partial_rotary: float | None = None  # default partial_rotary_factor; None: the family turns whole heads
+    local_rope: bool = False  # sliding layers have a RoPE of their own
+    # Which layers the sliding window covers when no `layer_types` says so: none; all; those from max_window_layers on;
+    # every second one below max_window_layers; all but every sliding_window_pattern-th.
+    window: Literal["none", "all", "upper", "lower_alternate", "pattern"] = "none"
+    window_flag: str | None = None  # the config's key that switches the window on
+
+    experts: Literal["none", "all", "sparse_step"] = "none"  # which layers have experts
+    shared_expert: bool = False
+
+    model_names: Names = field(default_factory=lambda: MODEL)
+    layer_names: Names = field(default_factory=lambda: LAYER)
+    prefix: str = "model."
+    layer_prefix: str = "layers.{i}."
+
+    def key(self, word: str) -> str:
+        """The key of config.json for one of our words."""
+        return self.words.get(word, word)
+
+
+_LLAMA = Family(
+    "llama",
+    defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+              "bos_token_id": 1, "eos_token_id": 2, "norm_topk_prob": False},
+    words={"norm_eps": "rms_norm_eps", "num_experts": "num_experts", "moe_intermediate_size": "moe_intermediate_size"},
+)  # fmt: skip
+
+
+def _row(base: Family, model_type: str, *, defaults: Mapping[str, Any], words: Mapping[str, str] | None = None,
+         **changed: Any) -> Family:  # fmt: skip
+    merged = MappingProxyType({**base.defaults, **defaults})
+    return replace(
+        base,
+        model_type=model_type,
+        defaults=merged,
+        words=MappingProxyType({**base.words, **(words or {})}),
+        **changed,
+    )
+
+
+_NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+_QWEN: dict[str, Any] = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
+                         "num_key_value_heads": 32, **_NO_IDS}  # fmt: skip
+_GEMMA: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "head_dim": 256,
+                          "num_key_value_heads": 16, "tie_word_embeddings": True, "bos_token_id": 2,
+                          "eos_token_id": 1}  # fmt: skip
+
+_QWEN2 = _row(_LLAMA, "qwen2", defaults=_QWEN, window="upper", window_flag="use_sliding_window")
+_GEMMA1 = _row(
+    _LLAMA,
+    "gemma",
+    defaults=_GEMMA,
+    act_means={"gelu": "gelu_tanh"},
+    norm_offset=1.0,
+    scale_embedding=True,
+)
+_GEMMA2 = _row(
+    _GEMMA1,
+    "gemma2",
+    defaults={"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+              "sliding_window_pattern": 2, "num_key_value_heads": 4, "attn_logit_softcapping": 50.0,
+              "final_logit_softcapping": 30.0},
+    words={"hidden_act": "hidden_activation"},
+    act_means={},
+    post_norms=True,
+    query_scale=True,
+    attn_softcap=True,
+    final_softcap=True,
+    window="pattern",
+    layer_names=POST_NORM_LAYER,
+)  # fmt: skip
+_MIXTRAL = _row(
+    _LLAMA,
+    "mixtral",
+    defaults={"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8,
+              "num_key_value_heads": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    words={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+    window="all",
+    experts="all",
+)  # fmt: skip
+
+_ROWS = (
+    _LLAMA,
+    _row(
+        _LLAMA,
+        "mistral",
+        defaults={"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+        window="all",
+    ),
+    _QWEN2,
+    _row(_QWEN2, "qwen3", defaults={"head_dim": 128}, qk_norm="head"),
+    _GEMMA1,
+    _GEMMA2,
+    _row(
+        _GEMMA2,
+        "gemma3_text",
+        # The published multimodal configs leave out what equals these.
+        defaults={"vocab_size": 262208, "num_attention_heads": 8, "hidden_size": 2304,
+                  "intermediate_size": 9216, "num_hidden_layers": 26, "max_position_embeddings": 131072,
+                  "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6,
+                  "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        attn_softcap=False,
+        qk_norm="head",
+        local_rope=True,
+    ),
+    _row(
+        _LLAMA,
+        "phi",
+        defaults={"hidden_act": "gelu_new", "layer_norm_eps": 1e-5},
+        words={"norm_eps": "layer_norm_eps"},
+        gated=False,
+        norm="layer",
+        parallel_block=True,
+        qk_norm="head",
+        qk_norm_flag="qk_layernorm",
+        partial_rotary=0.5,
+        model_names=renamed(MODEL, final_norm="final_layernorm"),
+        layer_names=renamed(LAYER, ffn_norm="", o="self_attn.dense", up="mlp.fc1", down="mlp.fc2",
+                           q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm"),
+    ),
+    _row(
+        _LLAMA,
+        "phi3",
+        defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                  "eos_token_id": 32000},
+        partial_rotary=1.0,
+        window="all",
+    ),
+    _row(
+        _LLAMA,
+        "opt",
+        defaults={"activation_function": "relu", "tie_word_embeddings": True, "bos_token_id": 2,
+                  "layer_norm_eps": 1e-5},
+        words={"norm_eps": "layer_norm_eps", "intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+        gated=False,
+        norm="layer",
+        rotary=False,
+        model_names=renamed({}, embed="decoder.embed_tokens", final_norm="decoder.final_layer_norm",
+                           positions="decoder.embed_positions", project_in="decoder.project_in",
+                           project_out="decoder.project_out"),
+        layer_names=renamed(LAYER, attn_norm="self_attn_layer_norm", ffn_norm="final_layer_norm",
+                           o="self_attn.out_proj", up="fc1", down="fc2"),
+        layer_prefix="decoder.layers.{i}.",
+    ),
+    _row(
+        _LLAMA,
+        "falcon",
+        defaults={"activation": "gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "bos_token_id": 11,
+                  "eos_token_id": 11, "multi_query": True, "parallel_attn": True},
+        words={"norm_eps": "layer_norm_epsilon", "hidden_act": "activation", "intermediate_size": "ffn_hidden_size",
+               "num_key_value_heads": "num_kv_heads"},
+        gated=False,
+        norm="layer",
+        qkv_layout="grouped",
+        model_names=renamed({}, embed="word_embeddings", final_norm="ln_f"),
+        layer_names=renamed(LAYER, attn_norm="input_layernorm ln_attn", ffn_norm="post_attention_layernorm ln_mlp",
+                           qkv="self_attention.query_key_value", o="self_attention.dense", up="mlp.dense_h_to_4h",
+                           down="mlp.dense_4h_to_h"),
+        prefix="transformer.",
+        layer_prefix="h.{i}.",
+    ),
+    _row(
+        _LLAMA,
+        "persimmon",
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 16384, "layer_norm_eps": 1e-5,
+                  "qk_layernorm": True},
+        words={"norm_eps": "layer_norm_eps"},
+        gated=False,
+        norm="layer",
+        qkv_layout="grouped",
+        qk_norm="head",
+        qk_norm_flag="qk_layernorm",
+        partial_rotary=0.5,
+        model_names=renamed(MODEL, final_norm="final_layernorm"),
+        layer_names=renamed(LAYER, qkv="self_attn.query_key_value", o="self_attn.dense", up="mlp.dense_h_to_4h",
+                           down="mlp.dense_4h_to_h", q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm"),
+    ),
+    _row(
+        _LLAMA,
+        "nemotron",
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 4096, "norm_eps": 1e-5, "bos_token_id": 2,
+                  "eos_token_id": 3},
+        words={"norm_eps": "norm_eps"},
+        gated=False,
+        norm="layer",
+        norm_offset=1.0,
+        partial_rotary=0.5,
+    ),
+    _row(
+        _LLAMA,
+        "arcee",
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                  "bos_token_id": 128000, "eos_token_id": 128001},
+        gated=False,
+    ),
+    _MIXTRAL,
+    _row(
+        _QWEN2,
+        "qwen2_moe",
+        defaults={"num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+                  "shared_expert_intermediate_size": 5632},
+        window="lower_alternate",
+        experts="sparse_step",
+        shared_expert=True,
+    ),
+    _row(
+        _QWEN2,
+        "qwen3_moe",
+        defaults={"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+                  "num_key_value_heads": 4},
+        window="all",
+        qk_norm="head",
+        experts="sparse_step",
+    ),
+    _row(
+        _LLAMA,
+        "olmoe",
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279,
+                  "num_experts": 64, "num_experts_per_tok": 8},
+        words={"moe_intermediate_size": "intermediate_size"},
+        qk_norm="full",
+        experts="all",
+    ),
+)  # fmt: skip
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in _ROWS})
+
+# Multimodal wrappers whose `text_config` is one of ours and whose text runs on its own, causally.
+WRAPPERS: Mapping[str, str] = MappingProxyType({"gemma3": "gemma3_text", "mistral3": "mistral"})

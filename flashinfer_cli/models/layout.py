@@ -1,0 +1,190 @@
+"""How a checkpoint is cut into what streams and what stays, before a byte of it is loaded.
+
+Matrices become row slices of about SLICE_BYTES; the FFN of a bundle becomes runs of neuron records; experts become the
+pieces of a slot; norms, biases and routers always stay. The plan is made from this, then the model is built on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..bundle.format import RecordLayout
+from ..cache.slices import Slice
+from ..checkpoint.base import Checkpoint, Extent, TensorInfo
+from ..config import MiB, SLICE_BYTES, ModelConfig, RunConfig, WeightMap, WeightRef
+from ..layers.attention import SCORE_BYTES
+from ..layers.linear import RowSlice
+from ..layers.moe import ExpertLayout, ExpertPart
+from ..plan import Sizes
+from ..store.flash import span_of
+
+ALWAYS = ("router", "shared_gate", "positions")  # small matrices that stay, as float32
+ATTENTION = ("q", "k", "v", "qkv", "o")
+DENSE = ("gate", "up", "down")
+SHARED = ("shared.gate", "shared.up", "shared.down")
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """A matrix [rows, cols] cut into row slices."""
+
+    parts: list[RowSlice]
+    format: str
+    rows: int
+    cols: int
+
+    @property
+    def slices(self) -> list[Slice]:
+        return [part.slice for part in self.parts]
+
+
+@dataclass
+class LayerLayout:
+    """One layer: its streamed matrices by role, its records or experts, and the roles that always stay."""
+
+    matrices: dict[str, MatrixLayout] = field(default_factory=dict)
+    records: RecordLayout | None = None
+    record_parts: tuple[RowSlice, ...] = ()
+    expert_extents: list[tuple[Extent, ...]] = field(default_factory=list)
+    expert_layouts: list[ExpertLayout] = field(default_factory=list)
+
+    @property
+    def slices(self) -> list[Slice]:
+        """In the order in which the forward pass uses them."""
+        found: list[Slice] = []
+        for role in (*ATTENTION, *DENSE):
+            if role in self.matrices:
+                found += self.matrices[role].slices
+        found += [part.slice for part in self.record_parts]
+        for role in SHARED:
+            if role in self.matrices:
+                found += self.matrices[role].slices
+        return found
+
+
+@dataclass
+class ModelLayout:
+    """The whole model; `always` holds the refs of what stays, by (layer or -1, role)."""
+
+    layers: list[LayerLayout]
+    model: dict[str, MatrixLayout]
+    embed: MatrixLayout
+    head: MatrixLayout
+    tied: bool
+    embed_tensor: str
+    always: dict[tuple[int, str], WeightRef]
+
+    @property
+    def body(self) -> list[Slice]:
+        """Slices of everything before the head, in the order of the forward pass."""
+        first = self.model["project_in"].slices if "project_in" in self.model else []
+        last = self.model["project_out"].slices if "project_out" in self.model else []
+        return [*first, *(s for layer in self.layers for s in layer.slices), *last]
+
+
+def lay_out(checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap) -> ModelLayout:
+    """Cut a model into slices. Reads nothing."""
+    tensors = checkpoint.tensors
+    records: Mapping[int, RecordLayout] = getattr(checkpoint, "records", {})
+    always: dict[tuple[int, str], WeightRef] = {}
+
+    def stays(role: str) -> bool:
+        return role.endswith(".bias") or "norm" in role or role in ALWAYS
+
+    model: dict[str, MatrixLayout] = {}
+    for role, ref in weights.model.items():
+        if stays(role):
+            always[-1, role] = ref
+        elif role not in ("embed", "head"):
+            model[role] = _matrix(tensors, ref)
+    embed = _matrix(tensors, weights.model["embed"])
+    tied = weights.model["head"] == weights.model["embed"]
+    head = embed if tied else _matrix(tensors, weights.model["head"])
+
+    layers = []
+    for index, roles in enumerate(weights.layers):
+        layer = LayerLayout()
+        for role, ref in roles.items():
+            if stays(role):
+                always[index, role] = ref
+            elif not role.startswith("experts."):
+                layer.matrices[role] = _matrix(tensors, ref)
+        if index in records:
+            _lay_out_records(layer, records[index], tensors)
+        elif config.is_moe(index):
+            _lay_out_experts(layer, roles, tensors, config)
+        layers.append(layer)
+    return ModelLayout(layers, model, embed, head, tied, weights.model["embed"].tensor, always)
+
+
+def _matrix(tensors: Mapping[str, TensorInfo], ref: WeightRef) -> MatrixLayout:
+    info = tensors[ref.tensor]
+    step = max(1, SLICE_BYTES // info.row_bytes)
+    parts = []
+    for start in range(0, ref.rows, step):
+        rows = min(step, ref.rows - start)
+        parts.append(RowSlice(Slice(info.rows(ref.row + start, rows)), start, rows))
+    return MatrixLayout(parts, info.format, ref.rows, ref.cols)
+
+
+def _lay_out_records(layer: LayerLayout, records: RecordLayout, tensors: Mapping[str, TensorInfo]) -> None:
+    info = tensors[records.tensor]
+    if records.kind == "neurons":
+        step = max(1, SLICE_BYTES // records.width_bytes)
+        layer.records = records
+        layer.record_parts = tuple(
+            RowSlice(Slice(info.rows(start, rows)), start, rows)
+            for start in range(0, records.count, step)
+            for rows in (min(step, records.count - start),)
+        )
+        return
+    part = {p.role: ExpertPart(0, p.offset, p.nbytes, p.rows, p.cols, p.format) for p in records.parts}
+    layer.expert_extents = [(info.rows(e, 1),) for e in range(records.count)]
+    layer.expert_layouts = [ExpertLayout(part["gate"], part["up"], part["down"])] * records.count
+
+
+def _lay_out_experts(
+    layer: LayerLayout, roles: Mapping[str, WeightRef], tensors: Mapping[str, TensorInfo], config: ModelConfig
+) -> None:
+    assert config.moe is not None
+    for expert in range(config.moe.num_experts):
+        extents, parts = [], []
+        for piece, name in enumerate(DENSE):
+            ref = roles[f"experts.{expert}.{name}"]
+            info = tensors[ref.tensor]
+            extent = info.rows(ref.row, ref.rows)
+            extents.append(extent)
+            parts.append(ExpertPart(piece, 0, extent.nbytes, ref.rows, ref.cols, info.format))
+        layer.expert_extents.append(tuple(extents))
+        layer.expert_layouts.append(ExpertLayout(*parts))
+
+
+def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
+    """What the plan needs to know, in bytes."""
+    spans = tuple(s.span.nbytes for s in (*layout.body, *layout.head.slices))
+    experts = [layer.expert_extents for layer in layout.layers if layer.expert_extents]
+    moe = config.moe
+
+    def scratch(chunk: int) -> int:
+        """Activations and temporaries of a pass of `chunk` tokens, counted generously."""
+        d, hd = config.hidden_size, config.head_dim
+        widest = max(config.intermediate_size, (moe.shared_expert_intermediate_size if moe else 0))
+        a_token = 8 * d + 3 * hd * (2 * config.num_attention_heads + 4 * config.num_key_value_heads) + 3 * widest
+        if moe is not None:
+            a_token += (moe.num_experts_per_tok + 1) * (d + 3 * moe.moe_intermediate_size)
+        context = run.context or 0
+        scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
+        logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
+        return 4 * a_token * chunk + scores + logits + 8 * MiB
+
+    return Sizes(
+        always=sum(4 * ref.rows * ref.cols for ref in layout.always.values()),
+        slices=spans,
+        table=0 if layout.tied else sum(s.span.nbytes for s in layout.embed.slices),
+        kv_per_token=config.kv_bytes_per_token,
+        scratch=scratch,
+        expert=max((span_of(e).nbytes for extents in experts for e in extents), default=0),
+        experts_by_layer=tuple(len(extents) for extents in experts),
+        experts_per_tok=moe.num_experts_per_tok if moe else 0,
+    )

@@ -1,0 +1,90 @@
+"""Names of tensors by role (the roles of `config.WeightMap`): llama's, from which other families differ, and GGUF's.
+
+Names are without `.weight` and without the prefix of the whole model; `{e}` is an expert. Where files have gone by
+several names, the alternatives stand side by side. `gate_up` and `all_experts.*` are fused tensors of several roles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+Names = Mapping[str, tuple[str, ...]]
+
+
+def renamed(base: Names, **changed: str) -> Names:
+    """`base` with some roles renamed: alternatives are separated by spaces, an empty string removes the role."""
+    merged = {**base, **{role.replace("__", "."): tuple(text.split()) for role, text in changed.items()}}
+    return MappingProxyType({role: names for role, names in merged.items() if names})
+
+
+MODEL = renamed({}, embed="embed_tokens", final_norm="norm")
+LAYER = renamed(
+    {},
+    attn_norm="input_layernorm",
+    ffn_norm="post_attention_layernorm",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    qkv="self_attn.qkv_proj",
+    o="self_attn.o_proj",
+    q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    gate_up="mlp.gate_up_proj",
+    down="mlp.down_proj",
+    router="mlp.gate block_sparse_moe.gate",
+    experts__gate="mlp.experts.{e}.gate_proj block_sparse_moe.experts.{e}.w1 mlp.experts.{e}.w1",
+    experts__up="mlp.experts.{e}.up_proj block_sparse_moe.experts.{e}.w3 mlp.experts.{e}.w3",
+    experts__down="mlp.experts.{e}.down_proj block_sparse_moe.experts.{e}.w2 mlp.experts.{e}.w2",
+    all_experts__gate_up="mlp.experts.gate_up_proj",
+    all_experts__down="mlp.experts.down_proj",
+    shared__gate="mlp.shared_expert.gate_proj",
+    shared__up="mlp.shared_expert.up_proj",
+    shared__down="mlp.shared_expert.down_proj",
+    shared_gate="mlp.shared_expert_gate",
+)
+POST_NORM_LAYER = renamed(
+    LAYER,
+    attn_post_norm="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+
+# GGUF has one table for all families. A gated FFN whose `ffn_up` has twice the rows holds gate and up (phi3).
+GGUF_MODEL = renamed(
+    {}, embed="token_embd", final_norm="output_norm", head="output", positions="position_embd",
+)  # fmt: skip
+GGUF_LAYER = renamed(
+    {},
+    attn_norm="attn_norm",
+    attn_post_norm="post_attention_norm",
+    ffn_norm="ffn_norm",
+    ffn_post_norm="post_ffw_norm",
+    q="attn_q",
+    k="attn_k",
+    v="attn_v",
+    qkv="attn_qkv",
+    o="attn_output",
+    q_norm="attn_q_norm",
+    k_norm="attn_k_norm",
+    gate="ffn_gate",
+    up="ffn_up",
+    gate_up="ffn_up",
+    down="ffn_down",
+    router="ffn_gate_inp",
+    experts__gate="ffn_gate.{e}",
+    experts__up="ffn_up.{e}",
+    experts__down="ffn_down.{e}",
+    all_experts__gate="ffn_gate_exps",
+    all_experts__up="ffn_up_exps",
+    all_experts__gate_up="ffn_gate_up_exps",
+    all_experts__down="ffn_down_exps",
+    shared__gate="ffn_gate_shexp",
+    shared__up="ffn_up_shexp",
+    shared__down="ffn_down_shexp",
+    shared_gate="ffn_gate_inp_shexp",
+)
+# In a parallel block with two norms (falcon-40b) `attn_norm` is the FFN's, and `attn_norm_2` the attention's.
+GGUF_PARALLEL_LAYER = renamed(GGUF_LAYER, attn_norm="attn_norm_2", ffn_norm="attn_norm")

@@ -1,0 +1,84 @@
+"""A model opened and understood, nothing of its weights loaded yet: what inspecting, planning, bundling and running share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..bundle.reader import open_bundle
+from ..checkpoint.base import Checkpoint
+from ..checkpoint.hub import resolve
+from ..checkpoint.open import is_bundle, open_checkpoint
+from ..config import ModelConfig, WeightMap
+from ..errors import CorruptCheckpointError
+from ..tokenizer import Tokenizer, load_tokenizer
+from .families import FAMILIES
+from .hf_config import parse_config
+from .weights import weight_map
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint with its configuration and the place of every weight."""
+
+    name: str  # as the user gave it
+    checkpoint: Checkpoint
+    config: ModelConfig
+    weights: WeightMap
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded when first asked for; TokenizerError where there is none."""
+        return load_tokenizer(self.checkpoint)
+
+    @property
+    def exactness(self) -> str:
+        """"quantized" where a bundle's weights were rounded when it was made, else "exact"."""
+        manifest = getattr(self.checkpoint, "manifest", None)
+        return "exact" if manifest is None else str(manifest.exactness)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights as the configuration counts them: tied tables once."""
+        seen = {(r.tensor, r.row, r.rows, r.cols) for r in self.weights.model.values()}
+        seen |= {(r.tensor, r.row, r.rows, r.cols) for layer in self.weights.layers for r in layer.values()}
+        count = sum(rows * cols for _, _, rows, cols in seen)
+        records = getattr(self.checkpoint, "records", {})
+        for layer in records.values():
+            if layer.kind == "neurons":
+                count += layer.count * self.config.hidden_size * (3 if self.config.gated else 2)
+            else:
+                count += layer.count * sum(part.rows * part.cols for part in layer.parts)
+        return count
+
+    def describe(self) -> dict[str, Any]:
+        """What reports say about the model."""
+        tensors = self.checkpoint.tensors.values()
+        formats: dict[str, int] = {}
+        for tensor in tensors:
+            formats[tensor.format] = formats.get(tensor.format, 0) + tensor.nbytes
+        return {
+            "name": self.name,
+            "path": str(self.checkpoint.path),
+            "kind": self.checkpoint.kind,
+            "model_type": self.config.model_type,
+            "parameters": self.parameters,
+            "weight_bytes": sum(t.nbytes for t in tensors),
+            "formats": dict(sorted(formats.items(), key=lambda item: -item[1])),
+        }
+
+
+def open_model(model: str | Path, *, revision: str | None = None, quiet: bool = True) -> OpenModel:
+    """Open a folder, a GGUF file, a bundle or org/name. Reads headers only."""
+    path = resolve(str(model), revision=revision, quiet=quiet)
+    if is_bundle(path):
+        bundle = open_bundle(path)
+        return OpenModel(str(model), bundle, parse_config(bundle.config), bundle.weights)
+    checkpoint = open_checkpoint(path)
+    config = parse_config(checkpoint.config)
+    if config.model_type not in FAMILIES:
+        raise CorruptCheckpointError(f"{path} has no model_type we know.")
+    kind = "gguf" if checkpoint.kind == "gguf" else "safetensors"
+    return OpenModel(str(model), checkpoint, config, weight_map(config, checkpoint.tensors, kind))

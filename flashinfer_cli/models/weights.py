@@ -1,0 +1,249 @@
+"""Which tensor, or which rows of one, is which weight: a checkpoint's tensors matched with `WeightMap`'s roles.
+
+Every tensor must be accounted for: one that is missing, misshapen or left over is an error, so that nothing is misread
+in silence. Nothing is read here but names, formats and shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from ..checkpoint.base import TensorInfo
+from ..config import ModelConfig, WeightMap, WeightRef
+from ..errors import CorruptCheckpointError, UnsupportedModelError
+from .families import FAMILIES, Family
+from .names import GGUF_LAYER, GGUF_MODEL, GGUF_PARALLEL_LAYER, Names
+
+Refs = dict[str, WeightRef]
+
+# What may stand before a family's own names: bare models, and language models inside of multimodal wrappers.
+_PREFIXES = ("model.", "transformer.", "", "language_model.model.", "model.language_model.", "language_model.")
+_HEADS = ("lm_head", "language_model.lm_head", "model.lm_head")
+# Buffers that older files carry, tables that follow from the config, and what belongs to other senses than text.
+_HARMLESS = re.compile(
+    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias)$"
+    r"|(.*\.)?(rope_freqs|rope_factors_long|rope_factors_short|attn_rot_embd)\.weight$"
+    r"|(model\.)?(vision_tower|vision_model|multi_modal_projector|visual)\."
+)
+_WEIGHTLESS = ("I8", "U8", "I16", "I32", "I64", "BOOL", "F64")
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+class _Table:
+    """The tensors, and which of them have been given a role."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
+        self.used: set[str] = set()
+
+    def find(self, names: tuple[str, ...], suffix: str = ".weight") -> TensorInfo | None:
+        """The first of the alternatives that is there. Fused experts have no suffix in safetensors."""
+        for name in names:
+            found = self.tensors.get(name + suffix) or (self.tensors.get(name) if suffix == ".weight" else None)
+            if found is not None:
+                return found
+        return None
+
+    def take(self, info: TensorInfo, shape: tuple[int, ...]) -> WeightRef:
+        """The whole tensor as a matrix, after a check of its shape (dimensions of one do not count)."""
+        if _squeezed(info.shape) != _squeezed(shape):
+            raise CorruptCheckpointError(
+                f"Tensor '{info.name}' has shape {list(info.shape)}, where the config asks for {list(shape)}."
+            )
+        if info.format in _WEIGHTLESS:
+            raise UnsupportedModelError(f"Tensor '{info.name}' has the format {info.format}, which no weight may have.")
+        self.used.add(info.name)
+        rows = 1
+        for size in shape[:-1]:
+            rows *= size
+        return WeightRef(info.name, 0, rows, shape[-1])
+
+    def need(self, names: tuple[str, ...], shape: tuple[int, ...]) -> WeightRef:
+        info = self.find(names)
+        if info is None:
+            raise missing(names)
+        return self.take(info, shape)
+
+    def add(self, refs: Refs, role: str, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        """Role and, where the tensor exists, its bias."""
+        refs[role] = self.need(names, shape)
+        bias = self.find(names, ".bias")
+        if bias is not None:
+            refs[f"{role}.bias"] = self.take(bias, shape[:1] if len(shape) > 1 else shape)
+
+    def check_all_used(self) -> None:
+        left = [name for name in self.tensors if name not in self.used and not _HARMLESS.match(name)]
+        if left:
+            more = "" if len(left) == 1 else f" and {len(left) - 1} more"
+            raise UnsupportedModelError(
+                f"The checkpoint has the tensor '{left[0]}'{more} with no place in this architecture.",
+                "Running without it would give wrong text in silence.",
+            )
+
+
+def missing(names: tuple[str, ...]) -> CorruptCheckpointError:
+    """The error for a weight none of whose names is there."""
+    others = f" (nor '{names[1]}.weight')" if len(names) > 1 else ""
+    return CorruptCheckpointError(f"The checkpoint lacks the tensor '{names[0]}.weight'{others}.")
+
+
+def _slice(whole: WeightRef, first: int, rows: int) -> WeightRef:
+    return WeightRef(whole.tensor, first, rows, whole.cols)
+
+
+class _Layer:
+    """One layer's weights, found under `prefix`."""
+
+    def __init__(self, table: _Table, config: ModelConfig, names: Names, prefix: str) -> None:
+        self.table, self.config, self.names, self.prefix = table, config, names, prefix
+        self.refs: Refs = {}
+
+    def named(self, role: str, expert: int | None = None) -> tuple[str, ...]:
+        return tuple(self.prefix + name.replace("{e}", str(expert)) for name in self.names.get(role, ()))
+
+    def add(self, role: str, *shape: int) -> None:
+        self.table.add(self.refs, role, self.named(role), shape)
+
+    def norms(self) -> None:
+        config = self.config
+        roles = ["attn_norm"]
+        roles += [] if config.shared_norm else ["ffn_norm"]
+        roles += ["attn_post_norm", "ffn_post_norm"] if config.post_norms else []
+        for role in roles:
+            self.add(role, config.hidden_size)
+
+    def attention(self) -> None:
+        config, hd = self.config, self.config.head_dim
+        q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
+        if self.table.find(self.named("qkv")) is not None:
+            self.add("qkv", q + 2 * kv, config.hidden_size)
+        elif self.table.find(self.named("q")) is None and "qkv" in self.names and config.qkv_layout == "grouped":
+            raise missing(self.named("qkv"))
+        else:
+            self.add("q", q, config.hidden_size)
+            self.add("k", kv, config.hidden_size)
+            self.add("v", kv, config.hidden_size)
+        self.add("o", config.hidden_size, q)
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.add("q_norm", q if full else hd)
+            self.add("k_norm", kv if full else hd)
+
+    def dense_ffn(self) -> None:
+        d, ff = self.config.hidden_size, self.config.intermediate_size
+        fused = self.table.find(self.named("gate_up")) if self.config.gated else None
+        if fused is not None and self.table.find(self.named("gate")) is None:
+            both = self.table.take(fused, (2 * ff, d))
+            self.refs |= {"gate": _slice(both, 0, ff), "up": _slice(both, ff, ff)}
+        else:
+            if self.config.gated:
+                self.add("gate", ff, d)
+            self.add("up", ff, d)
+        self.add("down", d, ff)
+
+    def experts(self) -> None:
+        moe = self.config.moe
+        assert moe is not None
+        d, ff, count = self.config.hidden_size, moe.moe_intermediate_size, moe.num_experts
+        self.add("router", count, d)
+        shapes = {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}
+        fused = self.table.find(self.named("all_experts.gate_up"))
+        if fused is not None:
+            self.table.take(fused, (count, 2 * ff, d))
+            for e in range(count):
+                self.refs[f"experts.{e}.gate"] = WeightRef(fused.name, 2 * e * ff, ff, d)
+                self.refs[f"experts.{e}.up"] = WeightRef(fused.name, (2 * e + 1) * ff, ff, d)
+        for part in ("down",) if fused is not None else ("gate", "up", "down"):
+            rows, cols = shapes[part]
+            whole = self.table.find(self.named(f"all_experts.{part}"))
+            if whole is not None:
+                self.table.take(whole, (count, rows, cols))
+            for e in range(count):
+                self.refs[f"experts.{e}.{part}"] = (
+                    self.table.need(self.named(f"experts.{part}", e), (rows, cols))
+                    if whole is None
+                    else WeightRef(whole.name, e * rows, rows, cols)
+                )
+        shared = moe.shared_expert_intermediate_size
+        if shared:
+            self.add("shared.gate", shared, d)
+            self.add("shared.up", shared, d)
+            self.add("shared.down", d, shared)
+        if moe.shared_expert_gate:
+            self.add("shared_gate", 1, d)
+
+
+def _globals(table: _Table, config: ModelConfig, names: Names, prefix: str, heads: tuple[str, ...]) -> Refs:
+    """The weights outside of the layers.
+
+    A head that is there is used, tied in the config or not: transformers too ties only what is equal. Where it is
+    absent the embedding serves, and the other way round where the config ties them.
+    """
+    refs: Refs = {}
+    named = {role: tuple(prefix + name for name in alternatives) for role, alternatives in names.items()}
+    hidden = config.hidden_size
+    width = config.embed_size or hidden
+    embed, head = table.find(named["embed"]), table.find(heads)
+    if embed is None and (head is None or not config.tie_word_embeddings):
+        raise missing(named["embed"])
+    source = embed or head
+    assert source is not None
+    refs["embed"] = table.take(source, (config.vocab_size, width))
+    refs["head"] = refs["embed"] if head is None else table.take(head, (config.vocab_size, width))
+    bias = table.find(heads, ".bias")
+    if bias is not None:
+        refs["head.bias"] = table.take(bias, (config.vocab_size,))
+    if config.final_norm:
+        table.add(refs, "final_norm", named["final_norm"], (hidden,))
+    if config.position_offset or ("positions" in names and config.rope is None):
+        table.add(
+            refs, "positions", named["positions"], (config.max_position_embeddings + config.position_offset, hidden)
+        )
+    if config.embed_size:
+        table.add(refs, "project_in", named["project_in"], (hidden, config.embed_size))
+        table.add(refs, "project_out", named["project_out"], (config.embed_size, hidden))
+    return refs
+
+
+def _prefix(tensors: Mapping[str, TensorInfo], family: Family) -> str:
+    first = family.layer_prefix.format(i=0)
+    for prefix in sorted(_PREFIXES, key=lambda p: p != family.prefix):
+        if any(name.startswith(prefix + first) for name in tensors):
+            return prefix
+    return family.prefix
+
+
+def weight_map(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], kind: Literal["safetensors", "gguf"]
+) -> WeightMap:
+    """Role -> where it stands, for every weight that `config` asks for, in a checkpoint with these `tensors`.
+
+    Raises CorruptCheckpointError for a tensor that is missing or whose shape is not the config's, UnsupportedModelError
+    for tensors that the architecture has no use for; all of them are named.
+    """
+    table, family = _Table(tensors), FAMILIES[config.model_type]
+    if kind == "gguf":
+        prefix, block, heads = "", "blk.{i}.", GGUF_MODEL["head"]
+        model_names = GGUF_MODEL
+        layer_names = GGUF_PARALLEL_LAYER if config.parallel_block and not config.shared_norm else GGUF_LAYER
+    else:
+        prefix, heads = _prefix(tensors, family), _HEADS
+        block, model_names, layer_names = family.layer_prefix, family.model_names, family.layer_names
+    model = _globals(table, config, model_names, prefix, heads)
+    layers: list[Refs] = []
+    for i in range(config.num_hidden_layers):
+        layer = _Layer(table, config, layer_names, prefix + block.format(i=i))
+        layer.norms()
+        layer.attention()
+        if config.is_moe(i):
+            layer.experts()
+        else:
+            layer.dense_ffn()
+        layers.append(layer.refs)
+    table.check_all_used()
+    return WeightMap(model, tuple(layers))

@@ -1,0 +1,169 @@
+"""One byte budget over everything: the process itself, what always stays, caches, keys and values, scratch.
+
+The plan is made before anything is loaded and refuses what cannot fit, naming the least that would. Which slices stay is
+spread evenly over the forward pass, so that reading and computing alternate at a steady rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .config import MiB, format_size
+from .errors import BudgetError
+from .report import PlanPart
+
+RESERVE = 24 * MiB  # what no part accounts for: thread stacks, Python objects, fragments
+RING_SLICES = 16  # the ring wanted, in slices of the largest size
+RING_LEAST = 3
+CHUNK_LEAST = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model asks for, in bytes.
+
+    `slices` are the spans of all slices in forward order; `always` is what stays in any case (norms, biases, routers);
+    `scratch` gives the working memory of a chunk of so many tokens.
+    """
+
+    always: int
+    slices: tuple[int, ...]
+    kv_per_token: int
+    scratch: Callable[[int], int]
+    table: int = 0  # an embedding table apart from the head; its rows can be read by token instead
+    expert: int = 0  # one slot
+    experts_by_layer: tuple[int, ...] = ()  # number of experts of each MoE layer
+    experts_per_tok: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What goes where. Sizes are bytes; `pinned` says for each slice, in forward order, whether it stays."""
+
+    budget: int
+    least: int
+    context: int
+    chunk: int
+    pinned: tuple[bool, ...]
+    ring_bytes: int
+    experts_per_layer: int
+    transit_experts: int
+    table_stays: bool
+    resident_bytes: int
+    streamed_bytes: int
+    parts: tuple[PlanPart, ...]
+
+    @property
+    def everything_fits(self) -> bool:
+        return self.streamed_bytes == 0
+
+
+def spread(sizes: Sequence[int], room: int) -> tuple[bool, ...]:
+    """Choose which slices stay within `room` bytes, evenly over their order."""
+    total = sum(sizes)
+    if room >= total:
+        return (True,) * len(sizes)
+    share, credit, left = max(room, 0) / total, 0.0, room
+    chosen = []
+    for size in sizes:
+        credit += share * size
+        stays = credit >= size and size <= left
+        if stays:
+            credit -= size
+            left -= size
+        chosen.append(stays)
+    return tuple(chosen)
+
+
+def make_plan(
+    sizes: Sizes, *, budget: int, process: int, peak_so_far: int, context: int, chunk: int, stream: str, card: int | None = None
+) -> MemoryPlan:
+    """Divide `budget` bytes. `process` is the resident size of the process now, `card` the free bytes of a card's own memory.
+
+    Raises BudgetError, naming the least, when even the smallest caches do not fit, or with stream="never" when not all does.
+    """
+    largest = max(sizes.slices, default=0)
+    all_slices = sum(sizes.slices)
+    num_experts = sum(sizes.experts_by_layer)
+    kv = sizes.kv_per_token * context
+    has_experts = num_experts > 0
+
+    def fixed(chunk: int) -> int:
+        return process + sizes.always + kv + sizes.scratch(chunk) + RESERVE
+
+    # The smallest run that works: everything streams, a short ring, one expert at a time, few tokens at once.
+    least_chunk = min(chunk, CHUNK_LEAST)
+    least = max(fixed(least_chunk) + min(RING_LEAST * largest, all_slices) + sizes.expert, peak_so_far)
+    whole = fixed(least_chunk) + all_slices + sizes.table + (num_experts + has_experts) * sizes.expert
+    if budget < least:
+        raise BudgetError(
+            f"The memory budget of {format_size(budget)} is too small: this model needs at least {format_size(least)} "
+            f"({least / MiB:.0f}MiB) with a context of {context} tokens.",
+            f"Give --memory {-(-least // MiB)}MiB or more" + (", or a smaller --context." if kv > 16 * MiB else "."),
+            least=least,
+        )
+    if stream == "never" and budget < whole:
+        raise BudgetError(
+            f"The model does not fit: with --stream never it needs {format_size(whole)}, and the budget is {format_size(budget)}.",
+            f"Give --memory {-(-whole // MiB)}MiB or more, or let it stream with --stream auto.",
+            least=whole,
+        )
+
+    # Tokens at once first (each halving doubles the reads of a long prompt), then the ring, then what may stay.
+    always = stream == "always"
+    ring = min(RING_LEAST * largest, all_slices)
+    transit = 1 if has_experts else 0
+    while chunk > least_chunk and fixed(chunk) + ring + transit * sizes.expert > budget - (budget - least) // 2:
+        chunk = max(least_chunk, chunk // 2)
+    left = budget - fixed(chunk) - ring - transit * sizes.expert
+    room = left if card is None else card - kv - sizes.always - sizes.scratch(chunk) - RESERVE
+    pinned: tuple[bool, ...] = (False,) * len(sizes.slices)
+    per_layer = 0
+    if not always and room >= all_slices:
+        pinned, ring = (True,) * len(sizes.slices), 0
+        left += min(RING_LEAST * largest, all_slices)
+        left -= all_slices if card is None else 0
+    elif not always:
+        more = min(max(0, RING_SLICES * largest - ring), left // 4)
+        ring, left = ring + more, left - more
+        pinned = spread(sizes.slices, left if card is None else room)
+        left -= sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p) if card is None else 0
+    if has_experts and not always:
+        more = min(sizes.experts_per_tok - transit, max(0, left // 4 // sizes.expert))
+        transit, left = transit + more, left - more * sizes.expert
+        per_layer = min(max(sizes.experts_by_layer), left // sizes.expert // len(sizes.experts_by_layer))
+
+    kept = sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p)
+    in_full = all(pinned) and not always and per_layer >= max(sizes.experts_by_layer, default=0)
+    left -= sum(min(per_layer, n) for n in sizes.experts_by_layer) * sizes.expert
+    table_stays = in_full and 0 < sizes.table <= (left if card is None else room - all_slices)
+    cached = sum(min(per_layer, n) for n in sizes.experts_by_layer)
+    expert_bytes = cached * sizes.expert
+    streamed = all_slices - kept + (num_experts - cached) * sizes.expert
+    parts = [
+        PlanPart("process", process, note="interpreter, libraries, tokenizer"),
+        PlanPart("always resident", sizes.always, note="norms, biases, routers"),
+        PlanPart("pinned weights", kept + sizes.table * table_stays, note=f"{sum(pinned)} of {len(pinned)} slices"),
+        PlanPart("streaming ring", ring, note="read ahead while computing" if ring else "nothing streams through it"),
+        PlanPart("keys and values", kv, note=f"{context} tokens"),
+        PlanPart("scratch", sizes.scratch(chunk), note=f"{chunk} tokens at once"),
+        PlanPart("reserve", RESERVE),
+    ]
+    if has_experts:
+        note = f"{per_layer} a layer, {transit} on their way"
+        parts.insert(4, PlanPart("expert slots", expert_bytes + transit * sizes.expert, note=note))
+    return MemoryPlan(
+        budget=budget,
+        least=least,
+        context=context,
+        chunk=chunk,
+        pinned=pinned,
+        ring_bytes=ring,
+        experts_per_layer=per_layer,
+        transit_experts=transit,
+        table_stays=table_stays,
+        resident_bytes=sizes.always + kept + expert_bytes + sizes.table * table_stays,
+        streamed_bytes=streamed,
+        parts=tuple(parts),
+    )

@@ -1,0 +1,263 @@
+"""What a run cost, counted where it happens and read out at the end. Renders nothing.
+
+`Recorder` is written to by the store, the caches and the engine; `RunReport` is a frozen reading of it. Prefill and decode
+are counted apart, since a prompt's hits and rates say nothing about those of generation.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .config import format_size
+
+PhaseName = Literal["load", "prefill", "decode"]
+PHASES: tuple[PhaseName, ...] = ("load", "prefill", "decode")
+
+
+@dataclass
+class IoCount:
+    """Reads of one kind in one phase. `useful` bytes were asked for; `bytes` crossed the bus, alignment included."""
+
+    requests: int = 0
+    bytes: int = 0
+    useful: int = 0
+
+
+@dataclass
+class PhaseCount:
+    """Totals of a phase; seconds are wall time of the computing thread, `read_seconds` time with a read under way."""
+
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    read_seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of the decode loop: the first few are cold, the rest warm."""
+
+    seconds: float
+    wait_seconds: float
+    bytes_read: int
+
+
+class Recorder:
+    """The counters of one engine. I/O threads call `io` and `busy`; all else is called by the computing thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.phase: PhaseName = "load"
+        self.phases: dict[str, PhaseCount] = {name: PhaseCount() for name in PHASES}
+        self.reads: dict[tuple[str, str], IoCount] = defaultdict(IoCount)
+        self.sizes: dict[int, int] = defaultdict(int)  # request bytes, rounded up to a power of two -> count
+        self.layers: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])  # -> [wait, compute]
+        self.steps: list[Step] = []
+        self.layer = -1  # -1 embedding, 0.. the layers, num_hidden_layers the head
+        self.wasted_bytes = 0  # read ahead of need and never used
+
+    # ---- I/O threads
+    def io(self, kind: str, sizes: tuple[int, ...], useful: int) -> None:
+        """Count a batch of read requests that has ended: the bytes of each, and how many of all were asked for."""
+        with self._lock:
+            count = self.reads[self.phase, kind]
+            count.requests += len(sizes)
+            count.bytes += sum(sizes)
+            count.useful += useful
+            for size in sizes:
+                self.sizes[1 << max(size - 1, 1).bit_length()] += 1
+
+    def busy(self, seconds: float) -> None:
+        """Add time during which at least one read was under way."""
+        with self._lock:
+            self.phases[self.phase].read_seconds += seconds
+
+    # ---- the computing thread
+    @contextmanager
+    def during(self, phase: PhaseName, tokens: int) -> Iterator[None]:
+        """One pass of `tokens` tokens through the model."""
+        self.phase, start = phase, time.perf_counter()
+        count = self.phases[phase]
+        before = (count.wait_seconds, self.bytes_read(phase))
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            count.seconds += seconds
+            count.tokens += tokens
+            count.passes += 1
+            if phase == "decode":
+                self.steps.append(Step(seconds, count.wait_seconds - before[0], self.bytes_read(phase) - before[1]))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent waiting for bytes."""
+        start = time.perf_counter()
+        yield
+        self._add(0, time.perf_counter() - start)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Time spent in kernels."""
+        start = time.perf_counter()
+        yield
+        self._add(1, time.perf_counter() - start)
+
+    def _add(self, what: int, seconds: float) -> None:
+        count = self.phases[self.phase]
+        if what == 0:
+            count.wait_seconds += seconds
+        else:
+            count.compute_seconds += seconds
+        self.layers[self.phase, self.layer][what] += seconds
+
+    def cache(self, hits: int, misses: int) -> None:
+        count = self.phases[self.phase]
+        count.hits += hits
+        count.misses += misses
+
+    def bytes_read(self, phase: str) -> int:
+        with self._lock:
+            return sum(count.bytes for (name, _), count in self.reads.items() if name == phase)
+
+
+@dataclass(frozen=True)
+class PlanPart:
+    """One row of the memory plan, in bytes. `actual` is None where it cannot be told apart from its neighbours."""
+
+    part: str
+    planned: int
+    actual: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    tokens: int
+    passes: int
+    seconds: float
+    tokens_per_second: float
+    wait_seconds: float
+    compute_seconds: float
+    other_seconds: float
+    bytes_read: int
+    bytes_per_token: float
+    requests: int
+    read_seconds: float
+    read_bytes_per_second: float  # while a read was under way
+    overlap: float  # share of the reading time that did not stall the computation
+    hits: int
+    misses: int
+
+    @property
+    def hit_ratio(self) -> float | None:
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The whole account of a run. Sizes are bytes, times seconds."""
+
+    model: dict[str, Any]  # name, path, kind, model_type, parameters, weight_bytes, formats
+    exactness: str  # exact | quantized | sparse
+    device: str
+    kernels: str
+    threads: int
+    direct_io: str  # "direct", or "buffered" and why
+    budget: int
+    peak: int
+    least: int
+    plan: tuple[PlanPart, ...]
+    resident_bytes: int  # weights that stay
+    streamed_bytes: int  # weights that come from flash for every token of a dense model, or may for an MoE
+    load: PhaseReport
+    prefill: PhaseReport
+    decode: PhaseReport
+    layers: tuple[dict[str, Any], ...]  # layer, prefill_wait, prefill_compute, decode_wait, decode_compute
+    io: tuple[dict[str, Any], ...]  # phase, kind, requests, bytes, useful
+    request_sizes: dict[int, int]
+    steps: tuple[Step, ...]
+    wasted_bytes: int
+    first_token_seconds: float | None
+    drive: dict[str, Any] | None = None  # request_bytes, depth, bytes_per_second: measured in place
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        out = asdict(self)
+        for phase in PHASES:
+            out[phase]["hit_ratio"] = getattr(self, phase).hit_ratio
+        return out
+
+    def summary(self) -> str:
+        """The one line that ends every run."""
+        decode = self.decode
+        parts = [f"{decode.tokens + (1 if self.first_token_seconds is not None else 0)} tokens"]
+        if self.prefill.tokens:
+            parts.append(f"prefill {self.prefill.tokens_per_second:.1f} tok/s")
+        if decode.tokens:
+            parts.append(f"decode {decode.tokens_per_second:.2f} tok/s")
+            parts.append(f"{format_size(decode.bytes_per_token)} read a token")
+        rate = decode if decode.bytes_read else self.prefill
+        if rate.bytes_read:
+            parts.append(f"{rate.read_bytes_per_second / 1e9:.2f} GB/s")
+        if decode.hit_ratio is not None:
+            parts.append(f"hits {decode.hit_ratio:.0%}")
+        parts.append(f"peak {format_size(self.peak)} of {format_size(self.budget)}")
+        parts.append(self.exactness)
+        return " · ".join(parts)
+
+
+def phase_report(recorder: Recorder, phase: PhaseName) -> PhaseReport:
+    """Read a phase out of the counters."""
+    count = recorder.phases[phase]
+    reads = [io for (name, _), io in recorder.reads.items() if name == phase]
+    nbytes, requests = sum(io.bytes for io in reads), sum(io.requests for io in reads)
+    return PhaseReport(
+        tokens=count.tokens,
+        passes=count.passes,
+        seconds=count.seconds,
+        tokens_per_second=count.tokens / count.seconds if count.seconds else 0.0,
+        wait_seconds=count.wait_seconds,
+        compute_seconds=count.compute_seconds,
+        other_seconds=max(0.0, count.seconds - count.wait_seconds - count.compute_seconds),
+        bytes_read=nbytes,
+        bytes_per_token=nbytes / count.tokens if count.tokens else 0.0,
+        requests=requests,
+        read_seconds=count.read_seconds,
+        read_bytes_per_second=nbytes / count.read_seconds if count.read_seconds else 0.0,
+        overlap=max(0.0, 1 - count.wait_seconds / count.read_seconds) if count.read_seconds else 0.0,
+        hits=count.hits,
+        misses=count.misses,
+    )
+
+
+def layer_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:
+    """Waiting and computing by layer, prefill apart from decode."""
+    rows = []
+    for layer in sorted({layer for _, layer in recorder.layers}):
+        row: dict[str, Any] = {"layer": layer}
+        for phase in ("prefill", "decode"):
+            wait, compute = recorder.layers.get((phase, layer), (0.0, 0.0))
+            row |= {f"{phase}_wait": wait, f"{phase}_compute": compute}
+        rows.append(row)
+    return tuple(rows)
+
+
+def io_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:
+    """Reads by phase and kind."""
+    return tuple(
+        {"phase": phase, "kind": kind, "requests": io.requests, "bytes": io.bytes, "useful": io.useful}
+        for (phase, kind), io in sorted(recorder.reads.items())
+    )

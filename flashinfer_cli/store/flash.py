@@ -1,0 +1,279 @@
+"""The flash store: many reads under way at once, past the page cache where the drive allows it, counted.
+
+Plain `os.preadv` in threads (the call releases the interpreter lock) comes close to the raw drive once enough requests of
+a quarter to one megabyte are in flight; page faults through mmap do not. Direct reads (O_DIRECT, or F_NOCACHE on macOS)
+keep streamed weights from filling memory as page cache, which a budget would have to count. An open with O_DIRECT can
+succeed and its first read fail, so a read is tried before the mode is believed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.base import Extent
+from ..config import KiB
+from ..errors import CorruptCheckpointError, StorageError
+from ..report import Recorder
+
+ALIGN = 4096  # of file offsets, lengths and memory in direct reads; what every drive of today accepts
+REQUEST_BYTES = 512 * KiB
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where extents land in an aligned buffer: `starts[i]` is the first byte of extent i, `reads` the aligned requests."""
+
+    nbytes: int
+    starts: tuple[int, ...]
+    reads: tuple[tuple[Path, int, int, int, int], ...]  # path, file offset, length, place in the buffer, useful bytes
+
+
+def span_of(extents: Sequence[Extent]) -> Span:
+    """Lay extents out for direct reads; neighbours in a file become one read.
+
+    Each read covers its extents rounded out to ALIGN, so a buffer of `nbytes` holds all of them wherever they begin.
+    """
+    starts: list[int] = []
+    reads: list[tuple[Path, int, int, int, int]] = []
+    place = 0
+    run: list[Extent] = []
+
+    def close() -> None:
+        nonlocal place
+        if not run:
+            return
+        first, end = run[0].offset, run[-1].offset + run[-1].nbytes
+        low, high = first // ALIGN * ALIGN, -(-end // ALIGN) * ALIGN
+        starts.extend(place + e.offset - low for e in run)
+        reads.append((run[0].path, low, high - low, place, end - first))
+        place += high - low
+        run.clear()
+
+    for extent in extents:
+        if run and (run[-1].path, run[-1].offset + run[-1].nbytes) != (extent.path, extent.offset):
+            close()
+        run.append(extent)
+    close()
+    return Span(place, tuple(starts), tuple(reads))
+
+
+class Ticket:
+    """A batch of reads under way. `wait` returns when all have ended and raises what went wrong."""
+
+    __slots__ = ("_done", "_left", "error", "kind", "sizes", "useful")
+
+    def __init__(self, kind: str, sizes: tuple[int, ...], useful: int) -> None:
+        self.kind = kind
+        self.sizes = sizes  # bytes of each request
+        self.useful = useful
+        self.error: Exception | None = None
+        self._left = len(sizes)
+        self._done = threading.Event()
+        if not sizes:
+            self._done.set()
+
+    @property
+    def ready(self) -> bool:
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+_Request = tuple[Ticket, Path, int, memoryview]  # ticket, file, offset, where to
+
+
+class FlashStore:
+    """Batched asynchronous reads of a checkpoint's files into buffers of the caller.
+
+    `direct` is "auto" or "never". Reads are split into requests of REQUEST_BYTES and served by `threads` threads, first come
+    first served. Thread-safe. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, recorder: Recorder, *, threads: int = 8, direct: str = "auto") -> None:
+        self.recorder = recorder
+        self.threads = threads
+        self.direct = direct
+        self.fallback: str | None = None  # why reads are buffered, when direct ones were asked for
+        self._files: dict[Path, tuple[int, bool]] = {}
+        self._queue: deque[_Request] = deque()
+        self._state = threading.Condition()
+        self._closed = False
+        self._in_flight = 0
+        self._busy_since = 0.0
+        self._workers = [threading.Thread(target=self._work, name=f"flash-{i}", daemon=True) for i in range(threads)]
+        for worker in self._workers:
+            worker.start()
+
+    # ---- opening
+    def _open(self, path: Path) -> tuple[int, bool]:
+        """(file descriptor, whether reads of it are direct)."""
+        with self._state:
+            if path in self._files:
+                return self._files[path]
+            try:
+                opened = self._open_direct(path) if self.direct != "never" else None
+                if opened is None:
+                    opened = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)), False
+            except OSError as error:
+                raise StorageError(f"Cannot open {path}: {error.strerror}.") from error
+            self._files[path] = opened
+            return opened
+
+    def _open_direct(self, path: Path) -> tuple[int, bool] | None:
+        if sys.platform == "darwin":
+            import fcntl
+
+            fd = os.open(path, os.O_RDONLY)
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+            return fd, True
+        if not hasattr(os, "O_DIRECT"):
+            self.fallback = "this system has no direct reads"
+            return None
+        from ..device import allocate
+
+        fd = -1
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            os.preadv(fd, [memoryview(allocate(ALIGN))], 0)
+            return fd, True
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            if error.errno in (errno.ENOENT, errno.EACCES, errno.EISDIR):
+                raise
+            self.fallback = f"direct reads of {path.name} fail: {error.strerror}"
+            return None
+
+    @property
+    def mode(self) -> str:
+        """What really happens: "direct", or "buffered" and why."""
+        if any(not direct for _, direct in self._files.values()) or (self.direct == "never" and not self._files):
+            return f"buffered ({self.fallback or 'as asked'})"
+        return "direct"
+
+    # ---- reading
+    def read(self, span: Span, buffer: np.ndarray, place: int, kind: str) -> Ticket:
+        """Start reading a span into buffer[place:]; `place` and the buffer's address are multiples of ALIGN."""
+        view = memoryview(buffer)
+        cuts = []
+        for path, offset, length, at, _ in span.reads:
+            # Requests of equal size, so that none is a sliver of the alignment.
+            step = -(-length // (max(1, round(length / REQUEST_BYTES)) * ALIGN)) * ALIGN
+            for cut in range(0, length, step):
+                start = place + at + cut
+                cuts.append((path, offset + cut, view[start : start + min(step, length - cut)]))
+        ticket = Ticket(kind, tuple(len(target) for _, _, target in cuts), sum(useful for *_, useful in span.reads))
+        with self._state:
+            assert not self._closed, "read after close"
+            self._queue.extend((ticket, *cut) for cut in cuts)
+            self._state.notify(len(cuts))
+        return ticket
+
+    def read_now(self, extents: Sequence[Extent], kind: str) -> list[np.ndarray]:
+        """Read extents and wait: uint8 arrays, in order. For small things and for start-up."""
+        from ..device import allocate
+
+        span = span_of(extents)
+        buffer = allocate(span.nbytes)
+        self.read(span, buffer, 0, kind).wait()
+        return [buffer[s : s + e.nbytes] for s, e in zip(span.starts, extents, strict=True)]
+
+    def _work(self) -> None:
+        request: _Request | None = None
+        error: Exception | None = None
+        while True:
+            ended: Ticket | None = None
+            with self._state:  # taken once a request: to end the one before and fetch the next
+                if request is not None:
+                    ended = self._finish(request[0], error)
+                while ended is None and not self._queue and not self._closed:
+                    self._state.wait()
+                request = self._queue.popleft() if self._queue else None
+                if request is not None:
+                    if self._in_flight == 0:
+                        self._busy_since = time.perf_counter()
+                    self._in_flight += 1
+                elif self._closed and ended is None:
+                    return
+            if ended is not None:
+                if ended.error is None:
+                    self.recorder.io(ended.kind, ended.sizes, ended.useful)
+                ended._done.set()
+            if request is not None:
+                error = None
+                if request[0].error is None:
+                    try:
+                        self._read_one(request)
+                    except Exception as caught:
+                        error = caught
+
+    def _finish(self, ticket: Ticket, error: Exception | None) -> Ticket | None:
+        """Book a request as ended; returns its ticket when that was the last of it. Called with the lock held."""
+        self._in_flight -= 1
+        if self._in_flight == 0:
+            self.recorder.busy(time.perf_counter() - self._busy_since)
+        ticket.error = ticket.error or error
+        ticket._left -= 1
+        return ticket if ticket._left == 0 else None
+
+    def _read_one(self, request: _Request) -> None:
+        _, path, offset, target = request
+        fd, direct = self._files.get(path) or self._open(path)
+        done, length = 0, len(target)
+        while done < length:
+            try:
+                got = os.preadv(fd, [target[done:] if done else target], offset + done)
+            except OSError as error:
+                raise StorageError(f"Reading {path} at byte {offset + done} failed: {error.strerror}.") from error
+            done += got
+            # The last block of a file ends inside an aligned request, and so does a direct read there.
+            if got == 0 or (direct and got % ALIGN):
+                break
+        if done < length:
+            size = os.fstat(fd).st_size
+            if offset + length - size >= ALIGN:
+                raise CorruptCheckpointError(f"{path} ended at byte {size}: it has shrunk since it was opened.")
+            if offset + done < size:
+                raise StorageError(f"Reading {path} at byte {offset + done} stopped short.")
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def tick(self) -> None:
+        """Credit reading time up to now to the phase that is current: called where one phase gives way to another."""
+        with self._state:
+            if self._in_flight:
+                now = time.perf_counter()
+                self.recorder.busy(now - self._busy_since)
+                self._busy_since = now
+
+    # ---- ending
+    def close(self) -> None:
+        """Let reads that are under way end, and close the files."""
+        with self._state:
+            self._closed = True
+            self._queue.clear()
+            self._state.notify_all()
+        for worker in self._workers:
+            worker.join()
+        for fd, _ in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def __enter__(self) -> FlashStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

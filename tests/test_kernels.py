@@ -1,0 +1,336 @@
+"""Kernels against gguf.quants and float64 products: every format, many and few tokens, odd sizes, unaligned weights."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize as gguf_dequantize
+
+from flashinfer_cli import kernels as package
+from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
+from flashinfer_cli.kernels import Kernels, select
+from flashinfer_cli.kernels.activations import ACTIVATIONS
+from flashinfer_cli.kernels.jobs import ACTS, BLOCKS
+
+SCALES = {  # byte offsets of the float16 fields of a block
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
+TOKENS = (1, 2, 5, 16, 17, 40)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Compile before any test is timed."""
+    from flashinfer_cli.kernels.warm import ensure_compiled
+
+    ensure_compiled()
+
+
+@pytest.fixture(scope="module")
+def numba(compiled: None) -> Iterator[Kernels]:
+    chosen, warning = select("cpu", "auto", threads=2)
+    assert chosen.name == "numba" and warning is None
+    yield chosen
+    chosen.close()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module", params=["numba", "reference"])
+def kernels(request: pytest.FixtureRequest, numba: Kernels) -> Kernels:
+    return numba if request.param == "numba" else select("cpu", "reference")[0]
+
+
+def unaligned(data: np.ndarray, element: int) -> torch.Tensor:
+    """The bytes as a uint8 tensor whose address is a multiple of the element size and of nothing larger."""
+    buffer = torch.empty(data.size + 128, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 64 + element
+    view = buffer[start : start + data.size].view(data.shape)
+    view.copy_(torch.from_numpy(data))
+    assert view.data_ptr() % 64 == element
+    return view
+
+
+def weights(fmt: str, rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Stored bytes, unaligned, and the float32 values that they stand for."""
+    rng = np.random.default_rng(seed)
+    if fmt in PLAIN:
+        values = torch.from_numpy(rng.standard_normal((rows, cols), np.float32))
+        stored = values.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[fmt])
+        return unaligned(stored.view(torch.uint8).numpy(), FORMATS[fmt][1]), stored.float().numpy()
+    elements, size = FORMATS[fmt]
+    blocks = rng.integers(0, 256, (rows * cols // elements, size), np.uint8)
+    for offset in SCALES[fmt]:
+        scale = rng.uniform(-0.02, 0.02, len(blocks)).astype(np.float16)
+        blocks[:, offset : offset + 2] = scale[:, None].view(np.uint8)
+    data = blocks.reshape(rows, -1)
+    return unaligned(data, 2), gguf_dequantize(data, GGMLQuantizationType[fmt])
+
+
+def cols_of(fmt: str) -> int:
+    return 331 if fmt in PLAIN else 3 * FORMATS[fmt][0]
+
+
+def close(got: torch.Tensor, want: np.ndarray, magnitude: np.ndarray) -> None:
+    """Within a few float32 roundings of the sum of absolute terms."""
+    assert np.all(np.abs(got.numpy() - want) <= 2e-6 * magnitude + 1e-30), np.abs(got.numpy() - want).max()
+
+
+@pytest.mark.parametrize("fmt", [*PLAIN, *BLOCKS])
+def test_linear_equals_float64_product(kernels: Kernels, fmt: str) -> None:
+    rows, cols = 37, cols_of(fmt)
+    stored, values = weights(fmt, rows, cols)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
+        out = torch.full((tokens, rows + 8), 7.0)
+        kernels.linear(x, stored, fmt, out, 3)
+        wide = x.double().numpy()
+        close(out[:, 3 : 3 + rows], wide @ values.T.astype(np.float64), np.abs(wide) @ np.abs(values.T))
+        assert (out[:, :3] == 7).all() and (out[:, 3 + rows :] == 7).all()
+
+
+@pytest.mark.parametrize("fmt", [*PLAIN, *BLOCKS])
+def test_dequantize_equals_gguf(kernels: Kernels, fmt: str) -> None:
+    stored, values = weights(fmt, 11, cols_of(fmt), seed=1)
+    got = kernels.dequantize(stored, fmt, cols_of(fmt))
+    assert got.dtype == torch.float32 and got.shape == values.shape
+    np.testing.assert_allclose(got.numpy(), values, rtol=1e-6, atol=1e-6 if fmt in BLOCKS else 0)
+
+
+@pytest.mark.parametrize("fmt", PLAIN)
+@pytest.mark.parametrize("cols", [1, 31, 32, 33, 64, 97])
+def test_every_tail_length(numba: Kernels, fmt: str, cols: int) -> None:
+    stored, values = weights(fmt, 5, cols)
+    x, out = torch.ones(1, cols), torch.empty(1, 5)
+    numba.linear(x, stored, fmt, out, 0)
+    close(out, values.sum(1, dtype=np.float64)[None], np.abs(values).sum(1)[None])
+    assert np.array_equal(numba.dequantize(stored, fmt, cols).numpy(), values)
+
+
+def test_many_rows_over_both_threads(numba: Kernels) -> None:
+    stored, values = weights("BF16", 3001, 160)
+    x, out = torch.randn(1, 160), torch.empty(1, 3001)
+    for _ in range(50):
+        out.fill_(float("nan"))
+        numba.linear(x, stored, "BF16", out, 0)
+        close(out, x.double().numpy() @ values.T, np.abs(x.numpy()) @ np.abs(values.T))
+
+
+@pytest.mark.parametrize("fmt", ["F32", "F16", "BF16", "Q8_0", "Q4_K", "Q6_K"])
+def test_bits_do_not_depend_on_tokens_threads_or_slices(numba: Kernels, fmt: str) -> None:
+    rows, cols = 45, cols_of(fmt)
+    stored, _ = weights(fmt, rows, cols)
+    x = torch.randn(16, cols)
+    single = torch.empty(16, rows)
+    for t in range(16):
+        numba.linear(x[t : t + 1], stored, fmt, single[t : t + 1], 0)
+    for tokens in (2, 3, 4, 8, 16):
+        out = torch.empty(tokens, rows)
+        numba.linear(x[:tokens], stored, fmt, out, 0)
+        assert torch.equal(out, single[:tokens])
+    sliced = torch.empty(8, rows)
+    for start in range(0, rows, 7):
+        numba.linear(x[:8], stored[start : start + 7], fmt, sliced, start)
+    assert torch.equal(sliced, single[:8])
+    alone, _ = select("cpu", threads=1)
+    out = torch.empty(8, rows)
+    alone.linear(x[:8], stored, fmt, out, 0)
+    assert torch.equal(out, single[:8])
+
+
+def records_of(fmt: str, n: int, d: int, gated: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Neuron records padded to a multiple of 64 bytes, and their parts as float32 [n, d]."""
+    stored, parts = zip(*(weights(fmt, n, d, seed=i) for i in range(2 + gated)), strict=True)
+    body = np.concatenate([part.numpy() for part in stored], axis=1)
+    padded = np.pad(body, ((0, 0), (0, 64 - body.shape[1] % 64)), constant_values=0xFF)
+    return unaligned(padded, FORMATS[fmt][1]), [torch.from_numpy(part) / 1 for part in parts]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("fmt", PLAIN)
+def test_ffn_records_equals_torch(kernels: Kernels, fmt: str, act: str, gated: bool) -> None:
+    n, d = 45, 67
+    records, parts = records_of(fmt, n, d, gated)
+    generator = torch.Generator().manual_seed(0)
+    biases = [torch.randn(n, generator=generator) for _ in range(2)]
+    for tokens, bias in ((1, None), (5, (biases[0], biases[1])), (5, (None, biases[1])), (40, (biases[0], biases[1]))):
+        x = torch.randn(tokens, d, generator=generator) * 0.2
+        before = torch.randn(tokens, d, generator=generator)
+        gate_bias, up_bias = bias or (None, None)
+        up = x.double() @ parts[-2].T.double() + (0 if up_bias is None else up_bias)
+        gate = x.double() @ parts[0].T.double() + (0 if gate_bias is None else gate_bias)
+        hidden = ACTIVATIONS[act](gate) * up if gated else ACTIVATIONS[act](up)
+        want = before + hidden @ parts[-1].double()
+        out = before.clone()
+        kernels.ffn_records(x, records, fmt, gated, act, bias, out)
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_ffn_bits_do_not_depend_on_tokens_or_threads(numba: Kernels) -> None:
+    records, _ = records_of("BF16", 333, 96, True)
+    x = torch.randn(16, 96)
+    single = torch.zeros(16, 96)
+    for t in range(16):
+        numba.ffn_records(x[t : t + 1], records, "BF16", True, "silu", None, single[t : t + 1])
+    alone, _ = select("cpu", threads=1)
+    for tokens in (2, 8, 16):
+        for chosen in (numba, alone):
+            out = torch.zeros(tokens, 96)
+            chosen.ffn_records(x[:tokens], records, "BF16", True, "silu", None, out)
+            assert torch.equal(out, single[:tokens])
+
+
+def test_activations_of_infinities_and_nan(numba: Kernels) -> None:
+    """One neuron, down = 1: what comes out is the activation itself."""
+    records = torch.tensor([[1.0, 1.0]]).view(torch.uint8)
+    for act in sorted(ACTS):
+        for value in (0.0, -1e4, 1e4, float("-inf"), float("nan")):
+            if act.startswith("gelu") and value == float("-inf"):
+                continue  # -inf * 0: torch's own kernels differ by the length of the tensor
+            out = torch.zeros(1, 1)
+            numba.ffn_records(torch.tensor([[value]]), records, "F32", False, act, None, out)
+            want = ACTIVATIONS[act](torch.tensor([[value]], dtype=torch.float64)).float()
+            if act in ("silu",) and value == float("-inf"):
+                want = out  # the limit is 0, -inf * 0 is NaN; both are in use
+            torch.testing.assert_close(out, want, equal_nan=True, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_half_conversion_is_exact_with_and_without_the_processors_help(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+
+    from flashinfer_cli.kernels import lanes, warm
+
+    if native and not lanes.converts_half():
+        pytest.skip("this processor has no conversion of its own")
+    monkeypatch.setattr(lanes, "converts_half", lambda: native)
+    machine = warm._target_machine()
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [lanes.I64, lanes.I64]), "convert")
+    builder = ir.IRBuilder(function.append_basic_block())
+    lanes.Pointer(builder, function.args[1]).store(0, lanes.Pointer(builder, function.args[0]).half(0, 16))
+    builder.ret_void()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    convert = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("convert"))
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    got = np.empty(1 << 16, np.float32)
+    for i in range(0, 1 << 16, 16):
+        convert(halves.ctypes.data + 2 * i, got.ctypes.data + 4 * i)
+    np.testing.assert_array_equal(got, halves.view(np.float16).astype(np.float32))
+
+
+def test_calls_from_many_threads_at_once(numba: Kernels) -> None:
+    stored, values = weights("Q8_0", 257, 512)
+    x = torch.randn(8, 512)
+    want = torch.empty(8, 257)
+    numba.linear(x, stored, "Q8_0", want, 0)
+    wrong: list[int] = []
+
+    def work(tokens: int) -> None:
+        out = torch.empty(tokens, 257)
+        for turn in range(100):
+            out.zero_()
+            numba.linear(x[:tokens], stored, "Q8_0", out, 0)
+            if not torch.equal(out, want[:tokens]):
+                wrong.append(turn)
+
+    threads = [threading.Thread(target=work, args=(tokens,)) for tokens in (1, 3, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_workers_sleep_wake_and_change_in_number() -> None:
+    import time
+
+    chosen, _ = select("cpu", threads=1)
+    stored, values = weights("F32", 600, 256)
+    x, out = torch.ones(1, 256), torch.empty(1, 600)
+    for threads in (4, 2, 3, 1, 2):
+        chosen.set_threads(threads)  # type: ignore[attr-defined]
+        for _ in range(3):
+            time.sleep(0.005)  # long enough for every worker to sleep
+            out.zero_()
+            chosen.linear(x, stored, "F32", out, 0)
+            close(out, values.sum(1, dtype=np.float64)[None], np.abs(values).sum(1)[None])
+    spent = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - spent < 0.05  # idle workers cost nothing
+    chosen.close()  # type: ignore[attr-defined]
+    chosen.linear(x, stored, "F32", out, 0)  # closed: the caller computes alone
+    close(out, values.sum(1, dtype=np.float64)[None], np.abs(values).sum(1)[None])
+
+
+def test_fallback_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer_cli.kernels import warm
+
+    def broken(notify: object = None) -> None:
+        raise RuntimeError("compiling failed: no such processor")
+
+    monkeypatch.setattr(warm, "ensure_compiled", broken)
+    chosen, warning = select("cpu")
+    assert chosen.name == "reference" and warning is not None and "no such processor" in warning and "slower" in warning
+    monkeypatch.setitem(sys.modules, "flashinfer_cli.kernels.warm", None)
+    chosen, warning = select("cpu")
+    assert chosen.name == "reference" and warning is not None and "cannot be imported" in warning
+    assert select("cpu", "reference")[1] is None
+    assert select("cuda")[0].name == "reference"
+
+
+def run_python(code: str, **environment: str) -> dict[str, object]:
+    root = str(Path(package.__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    parsed: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return parsed
+
+
+def test_the_running_process_imports_no_compiler() -> None:
+    code = """
+import json, sys
+import flashinfer_cli.kernels as k
+early = [m for m in ("torch", "numba", "llvmlite") if m in sys.modules]
+k.select("cpu")
+print(json.dumps({"early": early, "numba": "numba" in sys.modules}))
+"""
+    assert run_python(code) == {"early": [], "numba": False}
+
+
+def test_a_failing_compiler_gives_the_reference_and_a_warning(tmp_path: Path) -> None:
+    code = """
+import json
+from flashinfer_cli.kernels import select
+said = []
+k, warning = select("cpu", notify=said.append)
+print(json.dumps({"name": k.name, "said": said, "warning": warning}))
+"""
+    told = run_python(code, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="1", XDG_CACHE_HOME=str(tmp_path / "none"))
+    assert told["name"] == "reference"
+    assert len(told["said"]) == 1 and "compiling CPU kernels for this machine" in told["said"][0]  # type: ignore[arg-type,index]
+    assert "NUMBA_DISABLE_JIT" in str(told["warning"])
+
+
+def test_damaged_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer_cli.kernels import warm
+
+    good = (warm.cache_dir() / warm._OBJECT).read_bytes()
+    for bad in (good[:-1], good[:100], b"", good[:50] + bytes([good[50] ^ 1]) + good[51:]):
+        (tmp_path / warm._OBJECT).write_bytes(bad)
+        with pytest.raises(RuntimeError, match="damaged"):
+            warm._load(tmp_path)

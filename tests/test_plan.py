@@ -1,0 +1,90 @@
+"""The memory plan: within the budget at every size, monotone, and refusing with the least that would do."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashinfer_cli.config import MiB
+from flashinfer_cli.errors import BudgetError
+from flashinfer_cli.plan import MemoryPlan, Sizes, make_plan, spread
+
+PROCESS = 300 * MiB
+
+
+def plan(sizes: Sizes, budget: int, stream: str = "auto", context: int = 1000, chunk: int = 512) -> MemoryPlan:
+    return make_plan(
+        sizes, budget=budget, process=PROCESS, peak_so_far=PROCESS, context=context, chunk=chunk, stream=stream
+    )
+
+
+def dense(count: int = 300) -> Sizes:
+    return Sizes(always=MiB, slices=(2 * MiB,) * count, kv_per_token=30_000, scratch=lambda chunk: chunk * 100_000, table=50 * MiB)
+
+
+MOE = Sizes(
+    always=MiB, slices=(2 * MiB,) * 50, kv_per_token=30_000, scratch=lambda chunk: chunk * 100_000,
+    expert=5 * MiB, experts_by_layer=(16,) * 8, experts_per_tok=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [dense(), MOE], ids=["dense", "moe"])
+@given(extra=st.integers(0, 2500))
+def test_parts_never_exceed_the_budget(sizes: Sizes, extra: int) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan(sizes, PROCESS)
+    budget = refused.value.least + extra * MiB
+    made = plan(sizes, budget)
+    assert sum(part.planned for part in made.parts) <= budget
+    assert made.resident_bytes + made.streamed_bytes >= sum(sizes.slices)
+    if not made.everything_fits and any(not p for p in made.pinned):
+        assert made.ring_bytes >= max(sizes.slices)
+
+
+def test_the_least_is_the_least() -> None:
+    with pytest.raises(BudgetError, match="at least") as refused:
+        plan(dense(), PROCESS)
+    least = refused.value.least
+    assert plan(dense(), least).least == least
+    with pytest.raises(BudgetError):
+        plan(dense(), least - 1)
+
+
+def test_more_memory_never_streams_more() -> None:
+    streamed = [plan(dense(), budget * MiB).streamed_bytes for budget in range(450, 1200, 25)]
+    assert streamed == sorted(streamed, reverse=True) and streamed[-1] == 0 < streamed[0]
+
+
+def test_table_stays_only_when_all_else_does() -> None:
+    assert plan(dense(), 2000 * MiB).table_stays
+    assert not plan(dense(), 800 * MiB).table_stays
+
+
+def test_always_streams_everything_and_never_refuses() -> None:
+    always = plan(dense(), 4000 * MiB, stream="always")
+    assert not any(always.pinned) and always.streamed_bytes == 600 * MiB and not always.table_stays
+    assert plan(MOE, 4000 * MiB, stream="always").experts_per_layer == 0
+    with pytest.raises(BudgetError, match="never"):
+        plan(dense(), 700 * MiB, stream="never")
+    assert plan(dense(), 4000 * MiB, stream="never").everything_fits
+
+
+def test_moe_at_full_memory_keeps_every_expert() -> None:
+    made = plan(MOE, 2000 * MiB)
+    assert made.experts_per_layer == 16 and made.everything_fits
+    half = plan(MOE, 900 * MiB)
+    assert 0 < half.experts_per_layer < 16 and all(half.pinned)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(0, 4000))
+def test_spread_keeps_within_and_fills(sizes: list[int], room: int) -> None:
+    chosen = spread(sizes, room)
+    kept = sum(s for s, c in zip(sizes, chosen, strict=True) if c)
+    assert kept <= room or all(chosen)
+    assert all(chosen) == (room >= sum(sizes))
+
+
+def test_spread_is_even() -> None:
+    chosen = spread([10] * 100, 500)
+    assert all(sum(chosen[i : i + 10]) == 5 for i in range(0, 100, 10))
