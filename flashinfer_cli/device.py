@@ -95,7 +95,8 @@ def cores() -> int:
 
 def allocate(nbytes: int) -> np.ndarray:
     """Page-aligned anonymous memory as uint8 [nbytes], fit for direct I/O; given back to the system when dropped."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), **private), dtype=np.uint8)[:nbytes]
 
 
 def resident_bytes() -> int:

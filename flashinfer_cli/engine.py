@@ -13,6 +13,7 @@ import torch
 from . import device as devices
 from .cache.kv import KVCache
 from .cache.slices import Feed
+from .checkpoint.base import Checkpoint
 from .config import DEFAULT_CONTEXT, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
@@ -40,7 +41,8 @@ def plan_model(model: OpenModel, layout: ModelLayout, run: RunConfig, device: de
     """
     longest = model.config.max_position_embeddings or DEFAULT_CONTEXT
     wanted = [run.context] if run.context else [min(longest, DEFAULT_CONTEXT >> i) for i in range(4)]
-    gc.collect()
+    if run.memory not in (None, "auto"):  # only a tight budget is worth the time
+        gc.collect()
     devices.release_free_memory()
     budget, process, peak = devices.budget_bytes(run.memory), devices.resident_bytes(), devices.peak_bytes()
     refused: BudgetError | None = None
@@ -139,7 +141,7 @@ class Engine:
         return self._tokenizer
 
     @property
-    def checkpoint(self):  # type: ignore[no-untyped-def]
+    def checkpoint(self) -> Checkpoint:
         return self.model.checkpoint
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat_template import DEFAULT, ChatTemplates
+from .device import release_free_memory
 from .errors import StorageError, TokenizerError
 from .tokenizer_folder import TokenizerParts, read_folder
 from .tokenizer_gguf import read_gguf
@@ -157,7 +158,9 @@ class Tokenizer:
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer of an opened checkpoint. TokenizerError where there is none: ids work without it, text does not."""
     if checkpoint.kind == "gguf":
-        metadata: Mapping[str, Any] = getattr(checkpoint, "metadata", {})
-        return Tokenizer.from_gguf(metadata)
-    path = Path(checkpoint.path)
-    return Tokenizer.from_folder(path if path.is_dir() else path.parent)
+        tokenizer = Tokenizer.from_gguf(getattr(checkpoint, "metadata", {}))
+    else:
+        path = Path(checkpoint.path)
+        tokenizer = Tokenizer.from_folder(path if path.is_dir() else path.parent)
+    release_free_memory()  # building a vocabulary of 260,000 tokens takes a few times the memory of keeping it
+    return tokenizer

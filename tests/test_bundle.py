@@ -864,7 +864,7 @@ def test_lying_headers_are_refused(dense: Path, tmp_path: Path, old: bytes, new:
     data = path.read_bytes()
     assert old in data
     path.write_bytes(data.replace(old, new, 1))
-    with pytest.raises(BundleError, match=r"damaged header|disagree"):
+    with pytest.raises(BundleError, match=r"neurons-000\.safetensors"):
         open_bundle(out)
 
 
@@ -872,7 +872,7 @@ def test_header_longer_than_the_file(dense: Path, tmp_path: Path) -> None:
     out = make_dense(dense, tmp_path / "out")
     with (out / "trunk.safetensors").open("r+b") as file:
         file.write((1 << 60).to_bytes(8, "little"))
-    with pytest.raises(BundleError, match="damaged header"):
+    with pytest.raises(BundleError, match="header"):
         open_bundle(out)
 
 

@@ -103,7 +103,7 @@ def byte_level_metadata(**changes: Any) -> dict[str, Any]:
 
 @cache
 def sentencepiece_vocabulary() -> tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]]:
-    """(tokens, scores, types) of a SentencePiece-like vocabulary with byte fallback, its joint pieces scored by rank."""
+    """(tokens, scores, types) of a SentencePiece-like vocabulary with byte fallback, scored by rank."""
     pieces = [
         "▁",
         *"abcdehimnorstuvwxé.,",

@@ -152,13 +152,18 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     def layout(given: dict[str, Any]) -> RecordLayout:
         return RecordLayout(**{**given, "parts": tuple(RecordPart(**part) for part in given["parts"])})
 
+    def stored(given: dict[str, Any]) -> StoredFormat:
+        if given["format"] not in FORMATS:
+            raise ValueError(f"format {given['format']!r}")
+        return StoredFormat(given["format"], tuple(int(length) for length in given["shape"]))
+
     return Manifest(
         source=Source(**body["source"]),
         parameters={str(key): str(value) for key, value in body["parameters"].items()},
         exactness=exactness,
         files={name: FileEntry(**entry) for name, entry in body["files"].items()},
         weights=WeightMap(refs(body["weights"]["model"]), tuple(refs(layer) for layer in body["weights"]["layers"])),
-        formats={name: StoredFormat(given["format"], tuple(given["shape"])) for name, given in body["formats"].items()},
+        formats={name: stored(given) for name, given in body["formats"].items()},
         records={int(layer): layout(given) for layer, given in body["records"].items()},
     )
 

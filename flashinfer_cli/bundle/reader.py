@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.base import FORMATS, TensorInfo
+from ..checkpoint.base import TensorInfo
+from ..checkpoint.safetensors_header import read_header
 from ..config import WeightMap
-from ..errors import BundleError, CheckpointNotFoundError
-from .format import DATA_ALIGNMENT, MANIFEST_FILE, TRUNK_FILE, Manifest, RecordLayout, StoredFormat, format_bytes
+from ..errors import BundleError, CheckpointError, CheckpointNotFoundError
+from .format import DATA_ALIGNMENT, MANIFEST_FILE, TRUNK_FILE, Manifest, RecordLayout, StoredFormat
 from .publish import partial_folder
 
 _AGAIN = "Make the bundle again, or copy it again in full."
@@ -77,7 +77,7 @@ def open_bundle(path: Path) -> BundleCheckpoint:
     for name in dict.fromkeys((TRUNK_FILE, *(layout.file for layout in manifest.records.values()))):
         if name not in manifest.files:
             raise BundleError(f"The manifest of {path} does not list {name}.", _AGAIN)
-        tensors |= _read_header(path / name, manifest.files[name].bytes, manifest.formats)
+        tensors |= _read_header(path / name, manifest.formats)
     _compare(path, manifest, tensors)
     return BundleCheckpoint(
         path, manifest, tensors, _json(path, manifest, "config.json"), _json(path, manifest, "generation_config.json")
@@ -96,38 +96,22 @@ def _json(path: Path, manifest: Manifest, name: str) -> dict[str, Any]:
     return body
 
 
-def _read_header(file: Path, size: int, formats: dict[str, StoredFormat]) -> dict[str, TensorInfo]:
-    """The tensors of one of our safetensors files: in order, without gaps, to the end of the file."""
-    damaged = BundleError(f"{file} has a damaged header.", _AGAIN)
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        start = 8 + length
-        if start > size or start % DATA_ALIGNMENT:
-            raise damaged
-        text = opened.read(length)
-    found: dict[str, TensorInfo] = {}
-    end = 0
+def _read_header(file: Path, formats: dict[str, StoredFormat]) -> dict[str, TensorInfo]:
+    """The tensors of one of our safetensors files, those of GGUF blocks in their real formats."""
     try:
-        for name, entry in json.loads(text).items():
-            if name == "__metadata__":
-                continue
-            dtype, shape = entry["dtype"], tuple(int(length) for length in entry["shape"])
-            begin, end_before = entry["data_offsets"][0], end
-            end = entry["data_offsets"][1]
-            if begin != end_before or end - begin != prod(shape) * FORMATS[dtype][1] or min(shape, default=1) < 0:
-                raise damaged
-            if name in formats:
-                stored = formats[name]
-                blocks = (prod(stored.shape[:-1]), format_bytes(stored.format, stored.shape[-1]))
-                if (dtype, shape) != ("U8", blocks):
-                    raise damaged
-                dtype, shape = stored.format, stored.shape
-            found[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError):
-        raise damaged from None
-    if start + end != size:
-        raise damaged
-    return found
+        tensors = read_header(file)
+    except CheckpointError as error:
+        raise BundleError(error.message, _AGAIN) from None
+    if min((info.offset for info in tensors.values()), default=0) % DATA_ALIGNMENT:
+        raise BundleError(f"{file} has its data off the 4,096-byte boundary.", _AGAIN)
+    for name, info in tensors.items():
+        if name in formats:
+            stored = formats[name]
+            real = TensorInfo(name, stored.format, stored.shape, file, info.offset, info.nbytes)
+            if (info.format, info.shape) != ("U8", (real.num_rows, real.row_bytes)):
+                raise BundleError(f"{file} and the manifest disagree about the tensor '{name}'.", _AGAIN)
+            tensors[name] = real
+    return tensors
 
 
 def _compare(path: Path, manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:

@@ -1,8 +1,9 @@
 """The bytes of each file of a bundle, one after another, in bounded memory, however large the model.
 
-A dense layer is written in bands of neurons: rows of gate and up, columns of down. Where a layer is more than one band, down is
-first transposed into a scratch file, a batch of its rows at a time, so that nothing is read or written in small pieces:
-reading the columns straight from the source took three times as long. Output is sequential, so it is hashed as it is written.
+A dense layer is written in bands of neurons: rows of gate and up, columns of down. Where a layer is more than one band,
+down is first transposed into a scratch file, a batch of its rows at a time, so that nothing is read or written in small
+pieces: reading the columns straight from the source took three times as long. Output is sequential, and so hashed as it
+is written.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .source import SourceFiles, drop_cache, read_all
 Blocks = Generator[npt.NDArray[np.uint8], None, None]
 
 DEFAULT_MEMORY = 128 * MiB
-THREADS = 8
+THREADS = 4
 BLOCK_ELEMENTS = 1 << 18  # elements a thread converts at a time; GGUF blocks need about 40 bytes each meanwhile
 COPY_BYTES = 4 * MiB
 BATCH_BYTES = 16 * MiB  # of transposed rows of down that go to the scratch file at once
@@ -126,31 +127,30 @@ def _neuron_blocks(content: NeuronContent, folder: Path, memory_bytes: int) -> B
     bits = BITS[layout.format]
     itemsize = np.dtype(bits).itemsize
     band = min(layout.count, _band(layout, memory_bytes))
-    # The padding stays zero.
-    buffers = cycle([np.zeros((band, layout.width_bytes // itemsize), bits) for _ in range(2)])
-    with TemporaryFile(dir=folder, buffering=0) as scratch, SourceFiles(scattered=True) as source:
-        with ThreadPoolExecutor(THREADS) as pool:
-            spilled = (
-                _spill(pool, source, sources["down"], layout.format, scratch.fileno()) if band < layout.count else 0
-            )
-            for first in range(0, layout.count, band):
-                out = next(buffers)[: min(band, layout.count - first)]
-                tasks: list[Callable[[], None]] = []
-                for part in straight:
-                    start = part.offset // itemsize
-                    tasks += _row_tasks(
-                        source, sources[part.role], first, out[:, start : start + part.cols], part.format
-                    )
-                start = turned.offset // itemsize
-                target = out[:, start : start + turned.cols]
-                if spilled:
-                    tasks += _scratch_tasks(scratch.fileno(), spilled, layout.count, first, target)
-                else:
-                    tasks += _turn_tasks(source, sources["down"], 0, target, layout.format)
-                _run(pool, tasks)
-                source.drop_all()
-                drop_cache(scratch.fileno(), 0, 0)
-                yield out.reshape(-1).view(np.uint8)
+    with (
+        TemporaryFile(dir=folder, buffering=0) as scratch,
+        SourceFiles(scattered=True) as source,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
+        spilled = _spill(pool, source, sources["down"], layout.format, scratch.fileno()) if band < layout.count else 0
+        # The padding stays zero.
+        buffers = cycle([np.zeros((band, layout.width_bytes // itemsize), bits) for _ in range(2)])
+        for first in range(0, layout.count, band):
+            out = next(buffers)[: min(band, layout.count - first)]
+            tasks: list[Callable[[], None]] = []
+            for part in straight:
+                start = part.offset // itemsize
+                tasks += _row_tasks(source, sources[part.role], first, out[:, start : start + part.cols], part.format)
+            start = turned.offset // itemsize
+            target = out[:, start : start + turned.cols]
+            if spilled:
+                tasks += _scratch_tasks(scratch.fileno(), spilled, layout.count, first, target)
+            else:
+                tasks += _turn_tasks(source, sources["down"], 0, target, layout.format)
+            _run(pool, tasks)
+            source.drop_all()
+            drop_cache(scratch.fileno(), 0, 0)
+            yield out.reshape(-1).view(np.uint8)
 
 
 def _run(pool: ThreadPoolExecutor, tasks: list[Callable[[], None]]) -> None:

@@ -71,7 +71,7 @@ def read_all(fd: int, offset: int, into: npt.NDArray[np.uint8]) -> int:
 
 
 def drop_cache(fd: int, offset: int, nbytes: int) -> None:
-    """Advise that these bytes of an open file (0: to its end) are not needed again. Nothing where there is no such call.
+    """Advise that these bytes of an open file (0: to its end) are not needed again, where that can be said.
 
     The kernel keeps pieces of its cache that reach over an end of the range, and they can be megabytes large: who reads
     on should give the range from its start each time, not block by block.

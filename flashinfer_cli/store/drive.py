@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.base import Extent
 from ..device import allocate
 from ..report import Recorder
-from .flash import ALIGN, REQUEST_BYTES, FlashStore, Span, span_of
+from .flash import ALIGN, REQUEST_BYTES, FlashStore, Ticket, span_of
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,29 @@ class DriveRate:
     mode: str
 
 
-def measure(path: Path, *, request_bytes: int = REQUEST_BYTES, depth: int = 8, seconds: float = 0.5) -> DriveRate:
-    """Read random aligned pieces of a file for about `seconds`, past the page cache where that works."""
-    blocks = max(1, (path.stat().st_size - request_bytes) // ALIGN)
+def measure(path: Path, *, request_bytes: int = REQUEST_BYTES, depth: int = 8, seconds: float = 1.0) -> DriveRate:
+    """Read random aligned pieces of a file for about `seconds`, always `depth` in flight, past the page cache if it works."""
+    size = path.stat().st_size
+    blocks = max(1, (size - request_bytes) // ALIGN)
     order = random.Random(0)
-    done = 0
+    room = request_bytes + 2 * ALIGN
+    buffer = allocate(2 * depth * room)
+    under_way: deque[tuple[int, Ticket]] = deque()
     with FlashStore(Recorder(), threads=depth) as store:
-        buffer = allocate(2 * depth * (request_bytes + 2 * ALIGN))
-        room = request_bytes + 2 * ALIGN
-        start = time.perf_counter()
-        while True:
-            tickets = []
-            for slot in range(2 * depth):
-                extent = Extent(path, order.randrange(blocks) * ALIGN, min(request_bytes, path.stat().st_size))
-                span: Span = span_of([extent])
-                tickets.append(store.read(span, buffer, slot * room, "measure"))
-                done += span.nbytes
-            for ticket in tickets:
-                ticket.wait()
-            elapsed = time.perf_counter() - start
-            if elapsed >= seconds:
-                return DriveRate(request_bytes, depth, done / elapsed, store.mode)
+
+        def start(slot: int) -> int:
+            span = span_of([Extent(path, order.randrange(blocks) * ALIGN, min(request_bytes, size))])
+            under_way.append((slot, store.read(span, buffer, slot * room, "measure")))
+            return span.nbytes
+
+        for slot in range(2 * depth):  # fills the pipe, opens the file and touches the buffer: not timed
+            start(slot)
+        done, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            slot, ticket = under_way.popleft()
+            ticket.wait()
+            done += start(slot)
+        elapsed = time.perf_counter() - begin
+        for _, ticket in under_way:
+            ticket.wait()
+        return DriveRate(request_bytes, depth, done / elapsed, store.mode)
