@@ -1,7 +1,7 @@
 """python -m benchmarks.micro [kernels]: how fast each kernel goes through weights, beside what memory gives.
 
-The bound first, then a line a kernel, then one line of JSON. Weights are larger than the caches unless a line says otherwise;
-rates count stored bytes, so a block format's weights a second are in a column of their own.
+The bound first, then a line a kernel, then one line of JSON. Weights are larger than the caches unless a line says
+otherwise; rates count stored bytes, so a block format's weights a second are in a column of their own.
 """
 
 from __future__ import annotations
@@ -103,15 +103,21 @@ def kernel_rows(kernels: Kernels, show: Callable[[dict[str, Any]], None]) -> Non
     for fmt in FORMATS:
         if fmt in PLAIN or FORMATS[fmt][0] > 1:
             show(linear_row(kernels, fmt, 1, ROWS, COLS))
-    for fmt, tokens in (("F32", 4), ("BF16", 4), ("Q4_K", 4), ("F32", 16), ("BF16", 16), ("Q4_K", 16)):
-        show(linear_row(kernels, fmt, tokens, ROWS, COLS))
+    for fmt in ("F32", "BF16", "Q4_K"):
+        for tokens in (2, 4, 8, 16):
+            show(linear_row(kernels, fmt, tokens, ROWS, COLS))
     for fmt in ("F32", "BF16", "F16", "Q8_0", "Q4_K"):
         show(linear_row(kernels, fmt, 512, ROWS, COLS))
-    for rows, cols in ((COLS, ROWS), (576, 576), (192, 576), (8, 32)):  # down projection; small ones; the price of a call
+    for rows, cols in (
+        (COLS, ROWS),
+        (576, 576),
+        (192, 576),
+        (8, 32),
+    ):  # down projection; small ones; the price of a call
         show(linear_row(kernels, "BF16", 1, rows, cols))
     for fmt in PLAIN:
-        for tokens in (1, 8, 512):
-            show(ffn_row(kernels, fmt, tokens, 8960, 1536))
+        for tokens, n in ((1, 8960), (8, 8960), (1, 227), (512, 227)):  # 227: a slice of 2 MiB of bfloat16
+            show(ffn_row(kernels, fmt, tokens, n, 1536))
 
 
 def main() -> None:
@@ -139,7 +145,12 @@ def main() -> None:
             )
 
         kernel_rows(kernels, show)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": cores, "torch": torch.__version__}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": cores,
+        "kernels": select("cpu")[0].name,
+        "torch": torch.__version__,
+    }
     machine["memory_GB/s"] = {str(threads): round(rate / 1e9, 1) for threads, rate in bandwidth.items()}
     print(json.dumps({"benchmark": "micro", "machine": machine, "rows": rows}))
 

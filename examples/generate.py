@@ -1,6 +1,6 @@
 """The Python API: load under a budget, stream an answer, look at what it cost.
 
-    python examples/generate.py MODEL "Why is the sky blue?" 1GiB
+python examples/generate.py MODEL "Why is the sky blue?" 1GiB
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .apps.bundling import bundle
     from .config import ModelConfig, RunConfig, SamplingParams
     from .decoding.generate import TokenEvent
-    from .engine import Engine, bundle, load
+    from .engine import Engine, load
     from .report import RunReport
 
 try:
@@ -26,7 +27,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0"
 
 _HOMES = {
-    "load": "engine", "bundle": "engine", "Engine": "engine", "TokenEvent": "decoding.generate", "RunReport": "report",
+    "load": "engine", "bundle": "apps.bundling", "Engine": "engine", "TokenEvent": "decoding.generate", "RunReport": "report",
     "ModelConfig": "config", "RunConfig": "config", "SamplingParams": "config",
 }  # fmt: skip
 __all__ = ["Engine", "ModelConfig", "RunConfig", "RunReport", "SamplingParams", "TokenEvent", "bundle", "load"]

@@ -166,6 +166,7 @@ class RunConfig:
 
 
 DEFAULT_CONTEXT = 4096
+DEFAULT_MAX_TOKENS = 256
 SLICE_BYTES = 2 * MiB  # the size of a streamed slice; fixed, so that the order of sums never depends on the budget
 
 # ------------------------------------------------------------------ sampling
@@ -200,7 +201,7 @@ class SamplingParams:
         check("--repeat-penalty", self.repeat_penalty, 1e-9, float("inf"), "above 0 (1 is off)")
 
     def resolved(self, generation_config: dict[str, Any] | None = None) -> SamplingParams:
-        """Fill every None: flags win over generation_config, generation_config over the defaults (greedy, 256 tokens)."""
+        """Fill every None: flags win over generation_config, generation_config over the defaults (greedy, DEFAULT_MAX_TOKENS)."""
         given = generation_config or {}
         sampled = bool(given.get("do_sample", False))
 
@@ -216,7 +217,7 @@ class SamplingParams:
             stops = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
         return replace(
             self,
-            max_tokens=self.max_tokens or 256,
+            max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS,
             temperature=float(pick(self.temperature, "temperature", 1.0 if sampled else 0.0)),
             top_k=int(pick(self.top_k, "top_k", 0)),
             top_p=float(pick(self.top_p, "top_p", 1.0)),
@@ -247,5 +248,11 @@ def format_size(size: float) -> str:
     for unit, scale in (("TiB", GiB << 10), ("GiB", GiB), ("MiB", MiB), ("KiB", KiB)):
         if abs(size) >= scale:
             value = size / scale
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
+            return (
+                f"{value:.0f} {unit}"
+                if value >= 100
+                else f"{value:.1f} {unit}"
+                if value >= 10
+                else f"{value:.2f} {unit}"
+            )
     return f"{size:.0f} B"

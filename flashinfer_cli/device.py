@@ -66,7 +66,9 @@ def resolve(name: str) -> Device:
     kind = name.partition(":")[0]
     if kind not in (*KINDS, "auto"):
         close = nearest(kind, KINDS)
-        raise DeviceError(f"Unknown device '{name}'.", f"Did you mean {close}?" if close else f"One of auto, {', '.join(KINDS)}.")
+        raise DeviceError(
+            f"Unknown device '{name}'.", f"Did you mean {close}?" if close else f"One of auto, {', '.join(KINDS)}."
+        )
     if name == "cpu":
         return Device("cpu")
     import torch
@@ -76,7 +78,9 @@ def resolve(name: str) -> Device:
     if kind == "cuda":
         index = name.partition(":")[2] or "0"
         if not torch.cuda.is_available() or not index.isdigit() or int(index) >= torch.cuda.device_count():
-            raise DeviceError(f"There is no CUDA device '{name}' here.", "Use --device cpu, or install torch with CUDA.")
+            raise DeviceError(
+                f"There is no CUDA device '{name}' here.", "Use --device cpu, or install torch with CUDA."
+            )
         return Device(f"cuda:{index}")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("There is no MPS device here.", "Use --device cpu.")

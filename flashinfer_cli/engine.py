@@ -1,4 +1,4 @@
-"""The engine: a loaded model under a byte budget, and the public functions `load` and `bundle`."""
+"""The engine: a loaded model under a byte budget, and the public function `load`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .models.build import Builder
 from .models.layout import ModelLayout, lay_out, sizes_of
 from .models.open import OpenModel, open_model
 from .plan import MemoryPlan, make_plan
-from .report import PlanPart, Recorder, RunReport, io_rows, layer_rows, phase_report
+from .report import Recorder, RunReport, io_rows, layer_rows, phase_report
 from .store.flash import FlashStore
 from .tokenizer import Tokenizer
 
@@ -34,7 +34,9 @@ Need = Callable[[Tokenizer], int]
 Progress = Callable[[int, int, str], None]
 
 
-def plan_model(model: OpenModel, layout: ModelLayout, run: RunConfig, device: devices.Device) -> tuple[MemoryPlan, RunConfig]:
+def plan_model(
+    model: OpenModel, layout: ModelLayout, run: RunConfig, device: devices.Device
+) -> tuple[MemoryPlan, RunConfig]:
     """The memory plan of a run, and the run with its context settled.
 
     Without --context the default shrinks by halves, down to 512 tokens, where the budget asks for it. Raises BudgetError.
@@ -55,7 +57,7 @@ def plan_model(model: OpenModel, layout: ModelLayout, run: RunConfig, device: de
                 process=process,
                 peak_so_far=peak,
                 context=context,
-                chunk=run.prefill_chunk,
+                chunk=min(run.prefill_chunk, context),
                 stream=run.stream,
                 card=device.card_memory(),
             )
@@ -100,7 +102,12 @@ class Engine:
         except TokenizerError as error:
             self._tokenizer = error
         if run.context is None and need is not None and isinstance(self._tokenizer, Tokenizer):
-            run = replace(run, context=min(need(self._tokenizer), model.config.max_position_embeddings or DEFAULT_CONTEXT))
+            run = replace(
+                run, context=min(need(self._tokenizer), model.config.max_position_embeddings or DEFAULT_CONTEXT)
+            )
+        metadata = getattr(model.checkpoint, "metadata", {})
+        for key in [key for key in metadata if key.startswith("tokenizer.")]:
+            del metadata[key]  # read by now, and large
         self._warm_up()
         layout = lay_out(model.checkpoint, model.config, model.weights)
         self.plan, self.run = plan_model(model, layout, run, self.device)
@@ -297,10 +304,3 @@ def load(
     if run.kernels == "auto":
         ensure_compiled(notify)
     return Engine(open_model(model, revision=run.revision), run, need=need, notify=notify, progress=progress)
-
-
-def bundle(model: str | Path, out: str | Path, **options: Any) -> Any:
-    """Repack a checkpoint for flash; see `apps.bundling.bundle`."""
-    from .apps.bundling import bundle as make
-
-    return make(model, out, **options)

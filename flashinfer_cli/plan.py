@@ -77,7 +77,15 @@ def spread(sizes: Sequence[int], room: int) -> tuple[bool, ...]:
 
 
 def make_plan(
-    sizes: Sizes, *, budget: int, process: int, peak_so_far: int, context: int, chunk: int, stream: str, card: int | None = None
+    sizes: Sizes,
+    *,
+    budget: int,
+    process: int,
+    peak_so_far: int,
+    context: int,
+    chunk: int,
+    stream: str,
+    card: int | None = None,
 ) -> MemoryPlan:
     """Divide `budget` bytes. `process` is the resident size of the process now, `card` the free bytes of a card's own memory.
 

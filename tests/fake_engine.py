@@ -52,6 +52,9 @@ class Tokenizer:
     def __init__(self, has_chat_template: bool) -> None:
         self.has_chat_template = has_chat_template
 
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         FakeEngine.seen.append(("chat", messages))
         return [1, 2, 3]
@@ -127,6 +130,7 @@ class FakeEngine(AbstractContextManager["FakeEngine"]):
         return self._tokenizer
 
     def generate(self, prompt: Any, sampling: Any, *, progress: Any = None) -> Iterator[Event]:
+        prompt = prompt if isinstance(prompt, str) or prompt == [1, 2, 3] else "".join(map(chr, prompt))
         FakeEngine.seen.append(("generate", prompt))
         FakeEngine.seen.append(("sampling", sampling))
         if progress is not None:
@@ -177,7 +181,7 @@ class ChatSession:
             yield Event(2, 3, " again")
 
 
-def load(model: str, *, notify: Any = None, progress: Any = None, **options: Any) -> FakeEngine:
+def load(model: str, *, need: Any = None, notify: Any = None, progress: Any = None, **options: Any) -> FakeEngine:
     FakeEngine.seen.append(("load", options))
     if "missing" in model:
         raise CheckpointNotFoundError(f"There is nothing at {model}.", "Check the path.")
@@ -236,16 +240,21 @@ class BundlePlan:
     exactness: str = "exact"
 
 
-def bundle(model: str, out: Path, *, dry_run: bool = False, progress: Any = None, **options: Any) -> Any:
+def bundle(model: str, out: Path, *, progress: Any = None, **options: Any) -> Path:
     FakeEngine.seen.append(("bundle", options))
     progress(1, 2, "trunk.safetensors")
-    return BundlePlan() if dry_run else Path(out)
+    return Path(out)
+
+
+def dry_run(model: str, **options: Any) -> BundlePlan:
+    return BundlePlan()
 
 
 def modules() -> dict[str, ModuleType]:
     """The stand-ins, by the name of what they stand for."""
     offers: dict[str, dict[str, Any]] = {
-        "engine": {"load": load, "bundle": bundle},
+        "engine": {"load": load},
+        "apps.bundling": {"bundle": bundle, "dry_run": dry_run},
         "kernels.warm": {"ensure_compiled": lambda notify: None},
         "apps.inspect": {"inspect_model": inspect_model},
         "apps.planning": {"plan_only": plan_only},

@@ -334,28 +334,35 @@ def test_sigint_ends_with_130_and_the_figures():
     assert b"Traceback" not in err and err.endswith(b"exact\n")
 
 
-def on_terminal(*argv: str, typed: tuple[str, ...] = (), **environment: str) -> tuple[int, str]:
-    """Run with all three streams on one terminal: (exit code, all that was shown). Types each text after a `> `."""
-    ours, theirs = pty.openpty()
-    process = start(
-        *argv, stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT | environment, start_new_session=True
-    )
-    os.close(theirs)
-    shown, waiting = b"", list(typed)
-    deadline = time.monotonic() + 15
+def on_terminal(
+    *argv: str, typed: tuple[str, ...] = (), after: dict[str, str] | None = None, **environment: str
+) -> tuple[int, str]:
+    """Run with all three streams on one terminal: (exit code, all that was shown).
+
+    Types each of `typed` at a `> `, and what `after` says once its key has been shown.
+    """
+    process_id, terminal = pty.fork()  # a session of its own, so that Ctrl-C reaches the program
+    if process_id == 0:
+        os.execve(PROGRAM[0], [*PROGRAM, *argv], ENVIRONMENT | environment)
+    shown, waiting, upcoming = "", list(typed), dict(after or {})
+    deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            piece = os.read(ours, 65536)
+            piece = os.read(terminal, 65536)
         except OSError:  # Linux' way to say that the other side has closed
             break
         if not piece:
             break
-        shown += piece
-        if waiting and shown.endswith(b"> "):
-            os.write(ours, waiting.pop(0).encode())
-    code = process.wait(10)
-    os.close(ours)
-    return code, shown.decode()
+        shown += piece.decode(errors="replace")
+        answer = next((key for key in upcoming if key in shown), None)
+        if answer is not None:
+            os.write(terminal, upcoming.pop(answer).encode())
+        elif waiting and shown.endswith("> "):
+            os.write(terminal, waiting.pop(0).encode())
+    else:
+        os.kill(process_id, signal.SIGKILL)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1]), shown
 
 
 def test_a_terminal_gets_a_bar_and_a_last_newline():
@@ -379,3 +386,13 @@ def test_control_codes_of_a_model_do_not_reach_the_terminal():
 def test_chat_on_a_terminal_ends_with_ctrl_d():
     code, shown = on_terminal("chat", "-m", "x", typed=("hello\n", "\x04"), TERM="dumb")
     assert code == 0 and "1::hello\r\n" in shown and shown.rstrip().endswith("exact")
+
+
+def test_ctrl_c_stops_the_answer_then_the_line_then_the_program():
+    typed = ("hello\n", "half a line\x03", "again\n", "\x03")
+    code, shown = on_terminal("chat", "-m", "x", typed=typed, TERM="dumb")
+    assert code == 130 and shown.count("1::hello") == 1 and "2::again" in shown
+    code, shown = on_terminal(
+        "chat", "-m", "endless", typed=("hello\n", "\x04"), after={"again again": "\x03"}, TERM="dumb"
+    )
+    assert code == 0 and "(stopped)" in shown and shown.rstrip().endswith("exact")

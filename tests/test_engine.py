@@ -28,7 +28,9 @@ from flashinfer_cli.errors import (
 )
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-TEMPLATE = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
 
 
 def add_tokenizer(folder: Path) -> None:
@@ -75,7 +77,13 @@ def test_text_and_ids_agree_and_the_last_event_says_why(engine: fc.Engine) -> No
 
 def test_every_cache_and_budget_gives_the_same_tokens(folder: Path, engine: fc.Engine) -> None:
     expected = ids_of(engine, "The quick brown fox")
-    for options in ({"stream": "always"}, {"prefill_chunk": 3}, {"io_threads": 1}, {"direct_io": "never"}, {"threads": 1}):
+    for options in (
+        {"stream": "always"},
+        {"prefill_chunk": 3},
+        {"io_threads": 1},
+        {"direct_io": "never"},
+        {"threads": 1},
+    ):
         with fc.load(folder, context=60, **options) as other:
             assert ids_of(other, "The quick brown fox") == expected, options
 

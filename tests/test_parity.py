@@ -12,7 +12,6 @@ from tiny_models import make, tiny_config_dicts
 
 import flashinfer_cli as fc
 from flashinfer_cli.engine import Engine
-from flashinfer_cli.engine import bundle as make_bundle
 
 CASES = [(family, index) for family, dicts in tiny_config_dicts().items() for index in range(len(dicts))]
 LENGTH = 40
@@ -81,7 +80,7 @@ def stepwise(engine: Engine, ids: list[int]) -> torch.Tensor:
 
 def test_bundle(model: tuple[Path, Any], expected: tuple[list[int], torch.Tensor], tmp_path: Path) -> None:
     ids, logits = expected
-    make_bundle(model[0], tmp_path / "bundle")
+    fc.bundle(model[0], tmp_path / "bundle")
     found = []
     for stream in ("never", "always"):
         with fc.load(tmp_path / "bundle", stream=stream, context=LENGTH) as engine:

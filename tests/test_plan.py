@@ -20,7 +20,13 @@ def plan(sizes: Sizes, budget: int, stream: str = "auto", context: int = 1000, c
 
 
 def dense(count: int = 300) -> Sizes:
-    return Sizes(always=MiB, slices=(2 * MiB,) * count, kv_per_token=30_000, scratch=lambda chunk: chunk * 100_000, table=50 * MiB)
+    return Sizes(
+        always=MiB,
+        slices=(2 * MiB,) * count,
+        kv_per_token=30_000,
+        scratch=lambda chunk: chunk * 100_000,
+        table=50 * MiB,
+    )
 
 
 MOE = Sizes(

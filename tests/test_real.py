@@ -63,7 +63,10 @@ def test_least_budget_gives_the_same_tokens_within_the_budget(path: Path) -> Non
     def run(*flags: str) -> tuple[int, dict[str, Any], str]:
         command = [sys.executable, "-m", "flashinfer_cli", "generate", "-m", str(path), "--raw", "-p", PROMPTS[2]]
         done = subprocess.run(
-            [*command, "-n", "8", "--temp", "0", "--json", "--context", "64", *flags], capture_output=True, text=True, check=False
+            [*command, "-n", "8", "--temp", "0", "--json", "--context", "64", *flags],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.returncode, json.loads(done.stdout) if done.returncode == 0 else {}, done.stderr
 

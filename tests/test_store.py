@@ -26,7 +26,8 @@ def data(tmp_path: Path) -> tuple[Path, bytes]:
 
 @pytest.mark.parametrize("direct", ["auto", "never"])
 @pytest.mark.parametrize(
-    "places", [[(0, 1)], [(1, 4095)], [(4095, 2)], [(100, 2 * REQUEST_BYTES)], [(7, 9), (16, 5), (50_000, 3)], [(-777, 777)]]
+    "places",
+    [[(0, 1)], [(1, 4095)], [(4095, 2)], [(100, 2 * REQUEST_BYTES)], [(7, 9), (16, 5), (50_000, 3)], [(-777, 777)]],
 )
 def test_reads_what_is_there(data: tuple[Path, bytes], direct: str, places: list[tuple[int, int]]) -> None:
     path, content = data

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bundle.writer import plan_bundle, write_bundle
+from ..bundles import BundlePlan, plan_bundle, write_bundle
 from ..errors import TokenizerError, UsageError
 from ..models.open import OpenModel, open_model
 
@@ -19,25 +19,35 @@ TEXT_FILES = (
 )  # fmt: skip
 
 
+def open_source(model: str | Path, revision: str | None = None) -> OpenModel:
+    """Open what is to be repacked. Raises UsageError for what is a bundle already."""
+    opened = open_model(model, revision=revision)
+    if opened.checkpoint.kind == "bundle":
+        raise UsageError(f"{model} is a bundle already.")
+    return opened
+
+
+def dry_run(model: str | Path, *, dtype: str = "auto", revision: str | None = None) -> BundlePlan:
+    """What `bundle` would write, from the source's headers alone."""
+    opened = open_source(model, revision)
+    return plan_bundle(opened.checkpoint, opened.config, opened.weights, dtype=dtype)
+
+
 def bundle(
     model: str | Path,
     out: str | Path,
     *,
     dtype: str = "auto",
-    dry_run: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Any:
-    """Write a bundle of `model` to the folder `out`; returns its path, or the plan of its files with `dry_run`.
+) -> Path:
+    """Write a bundle of `model` to the folder `out`, and return its path. Resumes what was cut off.
 
-    `dtype` is of the neuron records: auto, f32, f16 or bf16. Resumes what was cut off, when the parameters are the same.
+    `dtype` is of the neuron records: auto, f32, f16 or bf16. Raises BundleError where OUT is something else, or a run with
+    other parameters was cut off there; StorageError when the disk is full.
     """
-    opened = open_model(model, revision=revision)
-    if opened.checkpoint.kind == "bundle":
-        raise UsageError(f"{model} is a bundle already.")
-    if dry_run:
-        return plan_bundle(opened.checkpoint, opened.config, opened.weights, dtype=dtype)
+    opened = open_source(model, revision)
     with _extras(opened) as extras:
         return write_bundle(
             opened.checkpoint,

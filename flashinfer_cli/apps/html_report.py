@@ -22,11 +22,14 @@ SPLIT = (
 
 def render(report: Report) -> str:
     """The page for a RunReport.to_dict(), read back from JSON or not. Every text in it is escaped."""
-    title = f"{report['model'].get('name', 'model')} · genai-run"
+    title = escape(f"{report['model'].get('name', 'model')} · genai-run")
     sections = (_head, _warnings, _tiles, _memory, _time, _layers, _steps, _io)
     body = "\n".join(section(report) for section in sections)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n'
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+    )
 
 
 # ------------------------------------------------------------------ the top of the page
@@ -34,21 +37,19 @@ def render(report: Report) -> str:
 
 def _head(report: Report) -> str:
     model = report["model"]
-    about = [
-        model.get("model_type"),
-        f"{model['parameters'] / 1e6:,.0f} M parameters" if model.get("parameters") else None,
-        f"{format_size(model['weight_bytes'])} of {', '.join(model.get('formats') or ())} weights"
-        if model.get("weight_bytes")
-        else None,
-        model.get("kind"),
-    ]
+    about = [model.get("model_type"), model.get("kind")]
+    if model.get("parameters"):
+        about.append(f"{model['parameters'] / 1e6:,.0f} M parameters")
+    if model.get("weight_bytes"):
+        about.append(f"{format_size(model['weight_bytes'])} of {', '.join(model.get('formats') or ())} weights")
     how = [
         f"{report['device']}, {report['threads']} threads",
         f"{report['kernels']} kernels",
         f"reads {report['direct_io']}",
     ]
+    name, label = escape(str(model.get("name", "model"))), escape(str(report["exactness"]))
     return (
-        f"<header><h1>{escape(str(model.get('name', 'model')))} <span class='badge'>{escape(str(report['exactness']))}</span></h1>"
+        f"<header><h1>{name} <span class='badge'>{label}</span></h1>"
         f"<p>{escape(' · '.join(str(each) for each in about if each))}</p><p>{escape(' · '.join(how))}</p></header>"
     )
 
@@ -60,7 +61,7 @@ def _warnings(report: Report) -> str:
 def _tiles(report: Report) -> str:
     decode, prefill = report["decode"], report["prefill"]
     reading = decode if decode["bytes_read"] else prefill
-    tiles = []
+    tiles: list[tuple[str, ...]] = []
     if decode["tokens"]:
         warm = [step["seconds"] for step in report["steps"][1:]]
         note = f"warm: {1 / median(warm):.2f} tok/s" if warm and median(warm) > 0 else f"{decode['tokens']} tokens"
@@ -68,21 +69,10 @@ def _tiles(report: Report) -> str:
     if prefill["tokens"]:
         tiles.append(("prefill", f"{prefill['tokens_per_second']:.1f}", "tok/s", f"{prefill['tokens']} tokens"))
     if report["first_token_seconds"] is not None:
-        tiles.append(
-            (
-                "first token",
-                f"{report['first_token_seconds']:.2f}",
-                "s",
-                f"after {_seconds(report['load']['seconds'])} of loading",
-            )
-        )
-    tiles.append(
-        (
-            "peak memory",
-            *format_size(report["peak"]).split(" "),
-            f"{_share(report['peak'], report['budget'])} of the budget",
-        )
-    )
+        note = f"{_seconds(report['load']['seconds'])} of loading aside"
+        tiles.append(("first token", f"{report['first_token_seconds']:.2f}", "s", note))
+    note = f"{_share(report['peak'], report['budget'])} of the budget"
+    tiles.append(("peak memory", *format_size(report["peak"]).split(" "), note))
     if decode["tokens"]:
         tiles.append(
             ("read a token", *format_size(decode["bytes_per_token"]).split(" "), f"{decode['requests']:,} requests")
@@ -186,7 +176,8 @@ def _layers(report: Report) -> str:
             wait, compute = row[f"{phase}_wait"] / passes, row[f"{phase}_compute"] / passes
             title = f"layer {name}: {_seconds(compute)} computing, {_seconds(wait)} waiting"
             bars.append(Column(name, (Segment(compute, "compute", title), Segment(wait, "wait", title))))
-        charts.append(f"<h3>{phase}, a pass of {'one token' if phase == 'decode' else 'the prompt'}</h3>")
+        tokens = report[phase]["tokens"] / passes
+        charts.append(f"<h3>{phase}, a pass of {tokens:.0f} token{'s' if tokens > 1 else ''}</h3>")
         charts.append(columns(bars, label=f"Waiting and computing by layer in {phase}", unit=_seconds))
     if not charts:
         return ""
@@ -197,26 +188,15 @@ def _steps(report: Report) -> str:
     steps = report["steps"]
     if not steps:
         return ""
-    bars = [
-        Column(
-            str(index + 1),
-            [
-                Segment(
-                    step["seconds"],
-                    "warm" if index else "cold",
-                    f"step {index + 1}: {_seconds(step['seconds'])}, {_seconds(step['wait_seconds'])} waiting, {format_size(step['bytes_read'])} read",
-                )
-            ],
-        )
-        for index, step in enumerate(steps)
-    ]
-    warm = [step["seconds"] for step in steps[1:]]
-    mark = Mark(median(warm), f"median of the warm {_seconds(median(warm))}") if warm else None
-    note = f"The first step took {_seconds(steps[0]['seconds'])}" + (
-        f", {steps[0]['seconds'] / median(warm):.1f} times the median of those after it."
-        if warm and median(warm) > 0
-        else "."
-    )
+    bars = []
+    for index, step in enumerate(steps):
+        title = f"step {index + 1}: {_seconds(step['seconds'])}, {_seconds(step['wait_seconds'])} waiting"
+        title += f", {format_size(step['bytes_read'])} read"
+        bars.append(Column(str(index + 1), [Segment(step["seconds"], "warm" if index else "cold", title)]))
+    warm = median([step["seconds"] for step in steps[1:]]) if len(steps) > 1 else 0.0
+    mark = Mark(warm, f"median of the warm {_seconds(warm)}") if warm else None
+    note = f"The first step took {_seconds(steps[0]['seconds'])}"
+    note += f", {steps[0]['seconds'] / warm:.1f} times the median of those after it." if warm else "."
     legend = _legend((("cold", "first step, cold"), ("warm", "the steps after it")))
     return _section(
         "Decode steps", note, legend + columns(bars, label="Time of each decode step", unit=_seconds, mark=mark)
@@ -258,10 +238,9 @@ def _drive(report: Report) -> str:
     """What was reached beside what the drive gives."""
     drive, bars = report.get("drive"), []
     if drive:
-        what = f"the drive: {_rate(drive['bytes_per_second'])} at {format_size(drive['request_bytes'])} a request, depth {drive['depth']}"
-        bars.append(
-            Bar("the drive", [Segment(drive["bytes_per_second"], "trunk", what)], _rate(drive["bytes_per_second"]))
-        )
+        gives = drive["bytes_per_second"]
+        how = f"requests of {format_size(drive['request_bytes'])}, {drive['depth']} at once"
+        bars.append(Bar("the drive", [Segment(gives, "other", f"the drive: {_rate(gives)} with {how}")], _rate(gives)))
     for name in PHASES:
         reached = report[name]["read_bytes_per_second"]
         if reached:
@@ -269,9 +248,7 @@ def _drive(report: Report) -> str:
             bars.append(
                 Bar(name, [Segment(reached, "io", f"{name}: {_rate(reached)} while reading")], _rate(reached) + share)
             )
-    note = ""
-    if drive:
-        note = f"<p class='note'>The drive was measured in place, with requests of {format_size(drive['request_bytes'])}, {drive['depth']} at once.</p>"
+    note = f"<p class='note'>The drive was measured in place, with {how}.</p>" if drive else ""
     return "<h3>bytes a second, while reading</h3>" + rows(bars, label="Read rates", thick=20) + note
 
 
@@ -284,7 +261,8 @@ def _section(title: str, note: str, content: str) -> str:
 
 
 def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    return f"<p class='legend'>{''.join(f'<span><i class="key {style}"></i>{escape(words)}</span>' for style, words in entries)}</p>"
+    keys = (f"<span><i class='key {style}'></i>{escape(words)}</span>" for style, words in entries)
+    return "<p class='legend'>" + "".join(keys) + "</p>"
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[int]) -> str:
@@ -294,7 +272,8 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence
         return "".join(f"<{tag}{' class=left' if i in left else ''}>{value}</{tag}>" for i, value in enumerate(values))
 
     body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
-    return f"<div class='wide'><table><thead><tr>{cells('th', [escape(each) for each in header])}</tr></thead><tbody>{body}</tbody></table></div>"
+    head = cells("th", [escape(each) for each in header])
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _seconds(seconds: float) -> str:

@@ -54,7 +54,7 @@ class TensorInfo:
 
     def rows(self, start: int, count: int) -> Extent:
         """The bytes of rows [start, start + count) of the tensor seen as a matrix [num_rows, cols]."""
-        assert 0 <= start and count >= 0 and start + count <= self.num_rows, (self.name, start, count, self.shape)
+        assert start >= 0 and count >= 0 and start + count <= self.num_rows, (self.name, start, count, self.shape)
         return Extent(self.path, self.offset + start * self.row_bytes, count * self.row_bytes)
 
 

@@ -14,7 +14,7 @@ BUNDLE_FILE = "bundle.json"
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether the folder is a bundle of ours, whatever its state; bundle/ opens those."""
+    """Whether the folder is a bundle of ours, whatever its state; bundles/ opens those."""
     return (path / BUNDLE_FILE).is_file()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -131,12 +132,20 @@ def _reader(console: Console) -> Callable[[], str]:
     try:
         import readline  # editing and history, in memory only, for every input() from here on
     except ImportError:
-        buffer: Callable[[], str] = str
+        line_so_far: Callable[[], str] = str
     else:
-        buffer = readline.get_line_buffer
+        line_so_far = readline.get_line_buffer
 
     def typed() -> str:
         console.clear()
+        had_text = False
+
+        def on_interrupt(*_: object) -> None:
+            nonlocal had_text
+            had_text = bool(line_so_far())  # readline has forgotten it by the time the exception is caught
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, on_interrupt)
         try:
             if sys.stdout.isatty():
                 return input(PROMPT)
@@ -147,9 +156,11 @@ def _reader(console: Console) -> Callable[[], str]:
             line = ""
         except KeyboardInterrupt:
             sys.stderr.write("\n")
-            if buffer():
+            if had_text:
                 return ""
             raise _LeaveError(INTERRUPTED) from None
+        finally:
+            signal.signal(signal.SIGINT, before)
         if not line:
             sys.stderr.write("\n")
             raise _LeaveError

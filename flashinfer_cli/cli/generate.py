@@ -8,7 +8,7 @@ from ..errors import UsageError
 from .console import Console
 from .options import Json, Model, PromptOptions, Quiet, RunOptions, SamplingOptions, Stats
 from .prompts import gather, required
-from .running import INTERRUPTED, Answer, as_json, finish, opened, prompt_ids, reading
+from .running import INTERRUPTED, Answer, as_json, finish, need_of, opened, prompt_ids, reading
 
 
 def generate(
@@ -35,8 +35,10 @@ def generate(
         raise UsageError("--system and --raw exclude each other.", "A system message needs the chat template.")
     text = required(gather(prompt.prompt, prompt.file, console.note), "Give one with -p TEXT, -f FILE or on stdin.")
     answer = Answer()
-    with opened(model, run, console) as engine:
-        events = engine.generate(prompt_ids(engine, text, prompt), params, progress=reading(console))
+
+    with opened(model, run, console, need_of(text, prompt, params)) as engine:
+        ids = prompt_ids(engine.tokenizer, text, prompt)
+        events = engine.generate(ids, params, progress=reading(console))
         answer.take(events, None if json else console)
         if json:
             found = {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import DEFAULT_MAX_TOKENS, SamplingParams
 from ..errors import UsageError
 from .console import Console
 from .options import PromptOptions, RunOptions
@@ -18,7 +19,8 @@ from .report_tables import report_tables
 
 if TYPE_CHECKING:
     from ..decoding.generate import TokenEvent
-    from ..engine import Engine
+    from ..engine import Engine, Need
+    from ..tokenizer import Tokenizer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -52,12 +54,15 @@ class Answer:
 
 
 @contextmanager
-def opened(model: str, run: RunOptions, console: Console) -> Iterator[Engine]:
-    """The engine, with its loading shown; closed at the end whatever happens."""
+def opened(model: str, run: RunOptions, console: Console, need: Need | None = None) -> Iterator[Engine]:
+    """The engine, with its loading shown; closed at the end whatever happens.
+
+    `need` says how many tokens the context must hold when --context does not.
+    """
     compile_kernels(run, console)
     from ..engine import load
 
-    with load(model, **run.given(), notify=console.note, progress=console.progress) as engine:
+    with load(model, need=need, **run.given(), notify=console.note, progress=console.progress) as engine:
         console.clear()
         yield engine
     console.clear()
@@ -71,16 +76,21 @@ def compile_kernels(run: RunOptions, console: Console) -> None:
         ensure_compiled(console.note)
 
 
-def prompt_ids(engine: Engine, text: str, prompt: PromptOptions) -> str | list[int]:
+def need_of(text: str, prompt: PromptOptions, params: SamplingParams) -> Need:
+    """The context that a prompt and its answer need."""
+    return lambda tokenizer: len(prompt_ids(tokenizer, text, prompt)) + (params.max_tokens or DEFAULT_MAX_TOKENS)
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, prompt: PromptOptions) -> list[int]:
     """The prompt as the model is to see it: through its chat template where it has one, unless --raw."""
     if prompt.raw:
-        return text
-    if not engine.tokenizer.has_chat_template:
+        return tokenizer.encode(text)
+    if not tokenizer.has_chat_template:
         if prompt.system is not None:
             raise UsageError("--system needs a chat template, and this model has none.", "Put it into the prompt.")
-        return text
+        return tokenizer.encode(text)
     messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
-    return engine.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+    return tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
 
 
 def reading(console: Console) -> Callable[[int, int], None]:

@@ -27,7 +27,7 @@ from .options import (
 )
 from .prompts import gather, required
 from .report_tables import report_tables
-from .running import as_json, check_writable, compile_kernels, opened, prompt_ids, write_file
+from .running import as_json, check_writable, compile_kernels, need_of, opened, prompt_ids, write_file
 from .tables import Table, evaluation_table, inspect_tables, plan_dict, plan_tables
 
 PROFILE_PROMPT = "Once upon a time, in a small house by the sea, there lived"
@@ -87,11 +87,12 @@ def profile(
     console = Console(quiet)
     params = sampling.params()
     check_writable(json, html)
-    text = gather(prompt.prompt, prompt.file, console.note)
-    with opened(model, run, console) as engine:
+    given = gather(prompt.prompt, prompt.file, console.note)
+    text = PROFILE_PROMPT if given is None else given
+    with opened(model, run, console, need_of(text, prompt, params)) as engine:
         from ..apps.profile import profile as measure
 
-        asked = prompt_ids(engine, PROFILE_PROMPT if text is None else text, prompt)
+        asked = prompt_ids(engine.tokenizer, text, prompt)
         report = measure(engine, asked, params, console.progress)
         console.clear()
         found = report.to_dict()
@@ -185,25 +186,26 @@ def bundle(
         _verify(Path(model) if out is None else out, console)
         return
     assert out is not None
-    from ..engine import bundle as make
+    from ..apps.bundling import bundle as make
+    from ..apps.bundling import dry_run as plan_it
+
+    if dry_run:
+        planned = plan_it(model, dtype=dtype, revision=revision)
+        rows = [(file.name, format_size(file.nbytes)) for file in planned.files]
+        rows += [("all files", format_size(planned.total_bytes)), ("free space there", format_size(_free_space(out)))]
+        console.show([Table(f"Would write {out} ({planned.exactness})", ("file", "size"), rows)])
+        return
 
     def progress(done: int, total: int, file: str) -> None:
         console.progress(done, total, "bundling")
 
-    made = make(
-        model, out, dtype=dtype, dry_run=dry_run, overwrite=overwrite, revision=revision, progress=progress
-    )  # fmt: skip
+    made = make(model, out, dtype=dtype, overwrite=overwrite, revision=revision, progress=progress)
     console.clear()
-    if dry_run:
-        rows = [(file.name, format_size(file.nbytes)) for file in made.files]
-        rows += [("all files", format_size(made.total_bytes)), ("free space there", format_size(_free_space(out)))]
-        console.show([Table(f"Would write {out} ({made.exactness})", ("file", "size"), rows)])
-    else:
-        console.answer(f"{made}\n")
+    console.answer(f"{made}\n")
 
 
 def _verify(path: Path, console: Console) -> None:
-    from ..bundle.verify import verify_bundle
+    from ..bundles.verify import verify_bundle
 
     problems = verify_bundle(path, lambda done, total, file: console.progress(done, total, "checking"))
     console.clear()

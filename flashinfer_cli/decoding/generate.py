@@ -161,8 +161,7 @@ def generate(
     try:
         logits = session.prefill(ids, more=limit > 1, progress=progress)
         for index in range(limit):
-            recent = session.ids[-params.repeat_last_n :] if params.repeat_last_n else []
-            token = sampler.sample(sampler.probs(logits.float().cpu(), recent), generator)
+            token = sampler.sample(sampler.probs(logits.float().cpu(), session.ids), generator)
             if index == 0:
                 first_token(time.perf_counter() - start)
             ended = token in params.stop_token_ids

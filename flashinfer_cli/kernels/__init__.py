@@ -17,14 +17,15 @@ __all__ = ["Kernels", "select"]
 class Kernels(Protocol):
     """Products of float32 activations with stored weights. All tensors of a call are on one device and contiguous.
 
-    Stored weights are uint8 tensors, one row of the matrix a row, in a format of `checkpoint.base.FORMATS`; they may start at
-    any address that is a multiple of the format's element size.
+    Stored weights are uint8 tensors, one row of the matrix a row, in a format of `checkpoint.base.FORMATS`; they may
+    start at any address that is a multiple of the format's element size.
     """
 
     name: str
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
-        """out[:, start : start + rows] = x @ weight.T for x [T, cols], weight uint8 [rows, row bytes], out float32 [T, N]."""
+        """out[:, start : start + rows] = x @ weight.T for x [T, cols], weight uint8 [rows, row bytes], out float32
+        [T, N]."""
         ...
 
     def ffn_records(
@@ -37,7 +38,8 @@ class Kernels(Protocol):
         bias: tuple[torch.Tensor | None, torch.Tensor | None] | None,
         out: torch.Tensor,
     ) -> None:
-        """out += (act(x @ gate.T + gate bias) * (x @ up.T + up bias)) @ down; without a gate act(x @ up.T + up bias) @ down.
+        """out += (act(x @ gate.T + gate bias) * (x @ up.T + up bias)) @ down; without a gate act(x @ up.T + up bias)
+        @ down.
 
         records uint8 [n, width], a neuron a row: gate row (if gated), up row, down column, each d elements of a plain
         format, then padding. x and out float32 [T, d]; biases (gate, up) float32 [n]; `act` a name of `activations`.
@@ -57,17 +59,18 @@ def select(
 ) -> tuple[Kernels, str | None]:
     """The kernels for a device, and a warning for the user when they are not the ones that should have been.
 
-    mode "reference", or a device other than the CPU: plain torch. Otherwise the compiled ones, on `threads` threads (None: the
-    cores this process may use), compiled now if this machine has not compiled them before (`notify` is told so, once).
+    mode "reference", or a device other than the CPU: plain torch. Otherwise the compiled ones, on `threads` threads
+    (None: the cores this process may use), compiled now if this machine has not compiled them before (`notify` is
+    told so, once).
     """
     from .reference import ReferenceKernels
 
     if mode == "reference" or device.split(":")[0] != "cpu":
         return ReferenceKernels(), None
     try:
-        from .warm import ensure_compiled
+        from .warm import compiled
 
-        ensure_compiled(notify)
+        compiled(notify)
         from .native import NumbaKernels
 
         return NumbaKernels(threads), None
@@ -75,4 +78,7 @@ def select(
         reason = f"numba cannot be imported ({error})"
     except Exception as error:  # whatever a compiler can raise: slower is better than not at all, if it is said
         reason = f"{type(error).__name__}: {error}"
-    return ReferenceKernels(), f"The compiled CPU kernels are not usable: {reason}. Running on plain torch, many times slower."
+    return (
+        ReferenceKernels(),
+        f"The compiled CPU kernels are not usable: {reason}. Running on plain torch, many times slower.",
+    )

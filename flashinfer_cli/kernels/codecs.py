@@ -1,7 +1,7 @@
 """GGUF's block formats, decoded to float32: one function a format, as ggml-quants.h lays their bytes out.
 
-Each takes the address of a block and that of its 32 or 256 float32 values, and writes LLVM instructions through `lanes`. The
-arithmetic is value = scale * q + offset in float32, where q is an unsigned or signed small integer.
+Each takes the address of a block and that of its 32 or 256 float32 values, and writes LLVM instructions through
+`lanes`. The arithmetic is value = scale * q + offset in float32, where q is an unsigned or signed small integer.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""The inner loops over one row: dot products, scaled additions and conversions, as Numba intrinsics on addresses.
+"""The inner loops over a few rows: dot products, weighted sums and conversions, as Numba intrinsics on addresses.
 
-Activations are float32, weights stand in a plain or block format at any address. A dot product of one row with one token
-always sums in the same order (32 partial sums, element i in sum i mod 32, then a fixed tree, then the tail), so that its bits
-do not depend on how many tokens are handled together.
+Activations are float32, weights stand in a plain or block format at any address. Every sum has one order, whatever
+else is computed beside it, so its bits do not depend on how many tokens are handled together: a dot product adds
+element i to partial sum i mod 16, then the partial sums along a fixed tree, then the tail; a weighted sum of rows
+adds row after row.
 
-Every argument is an int64: addresses, and counts of elements or, for strides, of bytes. The first one of each intrinsic names
-the variant: a format's code, or `variant(code, tokens)`.
+Every argument is an int64: addresses, and counts of elements or, for pitches and strides, of bytes. The first one of
+each intrinsic names the variant: a format's code, or `variant(code, rows, tokens)`. Two rows by three tokens are what
+the 16 vector registers of AVX2 hold.
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ from .codecs import DECODERS
 from .jobs import BLOCKS, CODES
 from .lanes import ELEMENT_BYTES, F32, I64, LANES, Lanes, Pointer, loop
 
-STEP = 2 * LANES  # elements a turn of the main loops
-MOST_TOKENS = 3  # handled together by one dot product: what the vector registers hold
+MOST_ROWS, MOST_TOKENS = 2, 3
 
 Emit = Callable[..., None]
 
 
-def variant(code: int, tokens: int) -> int:
-    return code * 4 + tokens
+def variant(code: int, rows: int, tokens: int) -> int:
+    return (code * 4 + rows) * 4 + tokens
 
 
 def _number(value: int) -> Any:
     return ir.Constant(I64, value)
 
 
-def _whole_steps(b: ir.IRBuilder, count: Any) -> Any:
-    return b.and_(count, _number(-STEP))
+def _whole(b: ir.IRBuilder, count: Any, step: int) -> Any:
+    """The part of `count` that whole steps (a power of two) cover."""
+    return b.and_(count, _number(-step))
 
 
 def _bytes(b: ir.IRBuilder, index: Any, element: int, extra: int = 0) -> Any:
@@ -48,57 +50,87 @@ def _rows(b: ir.IRBuilder, address: Any, stride: Any, count: int) -> list[Pointe
     return [Pointer(b, b.add(address, b.mul(stride, _number(row)))) for row in range(count)]
 
 
-def _dot(fmt: str, tokens: int) -> Emit:
+def _zeros(b: ir.IRBuilder, count: int, lanes: int) -> list[Any]:
+    """Sums on the stack, which LLVM turns into registers."""
+    zero = Lanes(b, ir.Constant(F32, 0.0))
+    start = zero if lanes == 1 else zero.splat(lanes)
+    slots = [cgutils.alloca_once(b, start.type) for _ in range(count)]
+    for slot in slots:
+        b.store(start.value, slot)
+    return slots
+
+
+def _accumulate(b: ir.IRBuilder, slot: Any, weight: Lanes, value: Lanes) -> None:
+    b.store(weight.times_plus(value, Lanes(b, b.load(slot))).value, slot)
+
+
+def _dot(fmt: str, rows: int, tokens: int) -> Emit:
     size = ELEMENT_BYTES[fmt]
+    pairs = [(r, t) for r in range(rows) for t in range(tokens)]
 
-    def emit(b: ir.IRBuilder, row: Any, x: Any, x_stride: Any, n: Any, out: Any, out_stride: Any) -> None:
-        weights, inputs, zero = Pointer(b, row), _rows(b, x, x_stride, tokens), Lanes(b, ir.Constant(F32, 0.0))
-        sums = [[cgutils.alloca_once(b, zero.splat().type) for _ in range(2)] for _ in range(tokens)]
-        tails = [cgutils.alloca_once(b, F32) for _ in range(tokens)]
-        for t in range(tokens):
-            b.store(zero.value, tails[t])
-            for slot in sums[t]:
-                b.store(zero.splat().value, slot)
-
-        def accumulate(slot: Any, weight: Lanes, value: Lanes) -> None:
-            b.store(weight.times_plus(value, Lanes(b, b.load(slot))).value, slot)
-
-        main = _whole_steps(b, n)
-        with loop(b, _number(0), main, STEP) as i:
-            for half in range(2):
-                weight = weights.weights(_bytes(b, i, size, half * LANES), fmt, LANES)
-                for t in range(tokens):
-                    accumulate(sums[t][half], weight, inputs[t].load(_bytes(b, i, 4, half * LANES), F32, LANES))
-        with loop(b, main, n, 1) as i:
-            weight = weights.weights(_bytes(b, i, size), fmt)
-            for t in range(tokens):
-                accumulate(tails[t], weight, inputs[t].load(_bytes(b, i, 4), F32))
-        for t, result in enumerate(_rows(b, out, out_stride, tokens)):
-            low, high = (Lanes(b, b.load(slot)) for slot in sums[t])
-            result.store(0, (low + high).total() + Lanes(b, b.load(tails[t])))
+    def emit(b: ir.IRBuilder, row: Any, pitch: Any, x: Any, x_stride: Any, n: Any, out: Any, out_stride: Any) -> None:
+        weights, inputs, outputs = (
+            _rows(b, *which) for which in ((row, pitch, rows), (x, x_stride, tokens), (out, out_stride, tokens))
+        )
+        sums, tails = _zeros(b, len(pairs), LANES), _zeros(b, len(pairs), 1)
+        main = _whole(b, n, LANES)
+        for start, stop, step, slots in ((_number(0), main, LANES, sums), (main, n, 1, tails)):
+            with loop(b, start, stop, step) as i:
+                weight = [pointer.weights(_bytes(b, i, size), fmt, step) for pointer in weights]
+                value = [pointer.load(_bytes(b, i, 4), F32, step) for pointer in inputs]
+                for slot, (r, t) in zip(slots, pairs, strict=True):
+                    _accumulate(b, slot, weight[r], value[t])
+        for vector, tail, (r, t) in zip(sums, tails, pairs, strict=True):
+            outputs[t].store(4 * r, Lanes(b, b.load(vector)).total() + Lanes(b, b.load(tail)))
 
     return emit
 
 
-def _add_scaled(fmt: str, tokens: int) -> Emit:
+def _mix(fmt: str, tokens: int, *, single: bool) -> Emit:
     size = ELEMENT_BYTES[fmt]
 
-    def emit(b: ir.IRBuilder, row: Any, n: Any, factors: Any, sums: Any, stride: Any) -> None:
-        weights, outputs, scales = Pointer(b, row), _rows(b, sums, stride, tokens), Pointer(b, factors)
-        factor = [scales.load(4 * t, F32) for t in range(tokens)]
-        wide = [f.splat() for f in factor]
-        main = _whole_steps(b, n)
-        with loop(b, _number(0), main, STEP) as i:
-            for half in range(2):
-                weight = weights.weights(_bytes(b, i, size, half * LANES), fmt, LANES)
-                where = _bytes(b, i, 4, half * LANES)
+    def emit(
+        b: ir.IRBuilder,
+        row: Any,
+        pitch: Any,
+        count: Any,
+        n: Any,
+        factors: Any,
+        factor_stride: Any,
+        sums: Any,
+        stride: Any,
+    ) -> None:
+        outputs, scales = _rows(b, sums, stride, tokens), _rows(b, factors, factor_stride, tokens)
+
+        def columns(i: Any, vectors: int, lanes: int) -> None:
+            """sums[:, i : i + vectors * lanes], kept in registers over all rows."""
+            places = [_bytes(b, i, 4, v * lanes) for v in range(vectors)]
+            slots = [_zeros(b, vectors, lanes) for _ in range(tokens)]
+
+            def add(k: Any) -> None:
+                weights = Pointer(b, b.add(row, b.mul(pitch, k)))
+                values = [weights.weights(_bytes(b, i, size, v * lanes), fmt, lanes) for v in range(vectors)]
                 for t in range(tokens):
-                    outputs[t].store(where, weight.times_plus(wide[t], outputs[t].load(where, F32, LANES)))
-        with loop(b, main, n, 1) as i:
-            weight = weights.weights(_bytes(b, i, size), fmt)
-            where = _bytes(b, i, 4)
+                    factor = scales[t].load(_bytes(b, k, 4), F32)
+                    for slot, value in zip(slots[t], values, strict=True):
+                        _accumulate(b, slot, value, factor)
+
             for t in range(tokens):
-                outputs[t].store(where, weight.times_plus(factor[t], outputs[t].load(where, F32)))
+                for slot, place in zip(slots[t], places, strict=True):
+                    b.store(outputs[t].load(place, F32, lanes).value, slot)
+            if single:
+                add(_number(0))
+            else:
+                with loop(b, _number(0), count, 1) as k:
+                    add(k)
+            for t in range(tokens):
+                for slot, place in zip(slots[t], places, strict=True):
+                    outputs[t].store(place, Lanes(b, b.load(slot)))
+
+        wide, main = _whole(b, n, 2 * LANES), _whole(b, n, LANES)
+        for start, stop, vectors, lanes in ((_number(0), wide, 2, LANES), (wide, main, 1, LANES), (main, n, 1, 1)):
+            with loop(b, start, stop, vectors * lanes) as i:
+                columns(i, vectors, lanes)
 
     return emit
 
@@ -108,7 +140,7 @@ def _convert_plain(fmt: str) -> Emit:
 
     def emit(b: ir.IRBuilder, row: Any, n: Any, out: Any) -> None:
         weights, output = Pointer(b, row), Pointer(b, out)
-        main = _whole_steps(b, n)
+        main = _whole(b, n, LANES)
         for start, stop, step in ((_number(0), main, LANES), (main, n, 1)):
             with loop(b, start, stop, step) as i:
                 output.store(_bytes(b, i, 4), weights.weights(_bytes(b, i, size), fmt, step))
@@ -161,25 +193,31 @@ def _choice(name: str, arity: int, variants: dict[int, Emit]) -> Any:
     return signature, codegen
 
 
-_DOTS = _choice("dot", 6, {variant(CODES[fmt], t): _dot(fmt, t) for fmt in PLAIN for t in range(1, MOST_TOKENS + 1)})
-_SCALED = _choice("add_scaled", 5, {variant(CODES[fmt], t): _add_scaled(fmt, t) for fmt in PLAIN for t in range(1, MOST_TOKENS + 1)})
+_SHAPES = [(rows, tokens) for rows in range(1, MOST_ROWS + 1) for tokens in range(1, MOST_TOKENS + 1)]
+_DOTS = _choice("dot", 7, {variant(CODES[fmt], r, t): _dot(fmt, r, t) for fmt in PLAIN for r, t in _SHAPES})
+_MIXES = _choice(
+    "mix", 8, {variant(CODES[fmt], r, t): _mix(fmt, t, single=r == 1) for fmt in PLAIN for r, t in _SHAPES}
+)
 _CONVERSIONS = {CODES[fmt]: _convert_plain(fmt) for fmt in PLAIN} | {CODES[fmt]: _convert_blocks(fmt) for fmt in BLOCKS}
 _CONVERT = _choice("convert", 3, _CONVERSIONS)
 
 
-@intrinsic  # type: ignore[misc]
-def dot(typingctx: Any, which: Any, row: Any, x: Any, x_stride: Any, n: Any, out: Any, out_stride: Any) -> Any:
-    """out[t] = row . x[t] over n elements."""
+@intrinsic
+def dot(
+    typingctx: Any, which: Any, row: Any, pitch: Any, x: Any, x_stride: Any, n: Any, out: Any, out_stride: Any
+) -> Any:
+    """out[t, r] = row[r] . x[t] over n elements; out has neighbouring rows next to each other."""
     return _DOTS
 
 
-@intrinsic  # type: ignore[misc]
-def add_scaled(typingctx: Any, which: Any, row: Any, n: Any, factors: Any, sums: Any, stride: Any) -> Any:
-    """sums[t] += factors[t] * row over n elements."""
-    return _SCALED
+@intrinsic
+def mix(typingctx: Any, which: Any, row: Any, pitch: Any, count: Any, n: Any, factors: Any, factor_stride: Any, sums: Any, stride: Any) -> Any:  # fmt: skip # noqa: E501
+    """sums[t] += factors[t, r] * row[r] over n elements, for `count` rows one after the other; variants: 1 row, or 2
+    for any."""
+    return _MIXES
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def convert(typingctx: Any, code: Any, row: Any, n: Any, out: Any) -> Any:
     """out[:n] = row as float32."""
     return _CONVERT

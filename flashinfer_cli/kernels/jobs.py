@@ -1,7 +1,7 @@
 """What Python and the compiled code agree on: the words through which a job is handed over. Imports no compiler.
 
-The pool is an array of int64 words, given by byte offsets; those that threads contend for stand on cache lines (64 bytes) of
-their own. `cpu.enter` says what each word of a job means.
+The pool is an array of int64 words, given by byte offsets; those that threads contend for stand on cache lines (64
+bytes) of their own. `cpu.enter` says what each word of a job means.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..checkpoint.base import FORMATS, PLAIN
 
 # Kinds of jobs, formats and activations, by number. Plain formats come first.
-LINEAR, DEQUANTIZE, FFN = range(3)
+LINEAR, DEQUANTIZE, FFN, ADD_UP = range(4)
 BLOCKS = tuple(fmt for fmt, (elements, _) in FORMATS.items() if elements > 1)
 CODES = {fmt: code for code, fmt in enumerate((*PLAIN, *BLOCKS))}
 ACTS = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5}
@@ -21,12 +21,19 @@ NEXT = 128  # the next chunk to hand out
 SLEEPERS = 192  # marks of workers that went to sleep
 STOP = 256  # not zero: workers return
 PIPE_IN, PIPE_OUT, THREADS = 320, 328, 336
+MISSED = 344  # bytes of jobs since somebody went to sleep
 JOB = 384
-JOB_WORDS = 16
+JOB_WORDS = 17
 POOL_BYTES = JOB + 8 * JOB_WORDS
 OPEN = 1 << 40
 
-ROW_LIMIT = 16  # most tokens of a LINEAR or FFN job
-CHUNK_BYTES = 64 << 10  # of weights handed out together; small enough that nobody waits long for the last one
-MOST_CHUNKS = 32  # of an FFN, since each has sums of its own,
-CHUNK_COLUMNS = 128 << 10  # and the sums of all of them have about so many columns at most
+# Bytes of weights handed out together: small enough that nobody waits long for the last ones, and in large jobs
+# (1 / CHUNKS_A_THREAD of a thread's share) large enough for memory's prefetchers.
+CHUNK_BYTES, LARGEST_CHUNK_BYTES, CHUNKS_A_THREAD = 64 << 10, 256 << 10, 32
+GROUP_BYTES = 128 << 10  # of float32 rows worked on together: half of a small second-level cache
+DIRECT_TOKENS = 3  # up to which plain rows go straight from memory into the products
+PADDING = 64  # bytes between such rows of an FFN: rows of 2^n bytes would all want the same few lines of a cache
+FFN_CHUNK_BYTES = 288 << 10  # of neurons' records handed out together, but
+FFN_CHUNK_ROWS = 32  # not more of them than this,
+FFN_CHUNKS = 16  # and not in more chunks than this, since each has sums of its own
+SUMS_BYTES = 8 << 20  # of such sums at once: with more tokens, some at a time

@@ -1,8 +1,9 @@
 """Vectors of 16 in LLVM's own words, for loops whose order of sums has to be known.
 
-Left to itself, a compiler vectorises the loop for one token and the loop for eight differently, and their sums differ in the
-last bits. Here every vector operation is written out: 16 lanes, whatever the machine's registers hold (LLVM splits or joins
-them), multiply-adds in a fixed order. Used while Numba compiles (`dots`, `codecs`, `pool`); nothing here runs afterwards.
+Left to itself, a compiler vectorises the loop for one token and the loop for eight differently, and their sums differ
+in the last bits. Here every vector operation is written out: 16 lanes, whatever the machine's registers hold (LLVM
+splits or joins them), multiply-adds in a fixed order. Used while Numba compiles (`dots`, `codecs`, `memory`); nothing
+here runs afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def converts_half() -> bool:
 
 
 class Lanes:
-    """A value of LLVM, scalar or vector, with Python's operators; an int or float operand becomes a constant of its type.
+    """A value of LLVM, scalar or vector, with Python's operators; an int or float operand becomes a constant of its
+    type.
 
     Shifts to the right are logical. Integers convert to float32 as unsigned (`to_float`) or signed (`to_float_signed`).
     """
@@ -89,7 +91,8 @@ class Lanes:
         return self._of(self.builder.zext(self.value, self._shaped(element)))
 
     def to_float(self) -> Lanes:
-        # through i32: a conversion from unsigned bytes or shorts is then one from non-negative signed ones, which is cheap
+        # through i32: a conversion from unsigned bytes or shorts is then one from non-negative signed ones, which is
+        # cheap
         return self._of(self.builder.sitofp(self.widen(I32).value, self._shaped(F32)))
 
     def to_float_signed(self) -> Lanes:
@@ -164,10 +167,14 @@ class Pointer:
             half = self.builder.bitcast(bits.value, bits._shaped(F16))
             return Lanes(self.builder, self.builder.fpext(half, bits._shaped(F32)))
         wide = bits.widen(I32)
-        magnitude = (wide & 0x7FFF) << 13  # the exponent is now 112 too small: a multiplication puts it right, subnormals too
+        magnitude = (
+            wide & 0x7FFF
+        ) << 13  # the exponent is now 112 too small: a multiplication puts it right, subnormals too
         scaled = (magnitude.as_bits(F32) * 2.0**112).as_bits(I32)
         threshold = magnitude._same(0x7C00 << 13)
-        special = self.builder.icmp_unsigned(">=", magnitude.value, threshold)  # infinities and NaN keep the largest exponent
+        special = self.builder.icmp_unsigned(
+            ">=", magnitude.value, threshold
+        )  # infinities and NaN keep the largest exponent
         fixed = self.builder.select(special, (scaled | 0x7F800000).value, scaled.value)
         return (Lanes(self.builder, fixed) | ((wide & 0x8000) << 16)).as_bits(F32)
 

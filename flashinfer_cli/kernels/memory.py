@@ -1,4 +1,5 @@
-"""Single words of memory for compiled code: loads, stores, atomic operations, and the system calls that sleep and wake."""
+"""Single words of memory for compiled code: loads, stores, atomic operations, and the system calls that sleep and
+wake."""
 
 from __future__ import annotations
 
@@ -11,21 +12,21 @@ from numba.extending import intrinsic
 
 from .lanes import F32, I32, I64
 
-read = types.ExternalFunction("read", types.int64(types.int32, types.int64, types.int64))
-write = types.ExternalFunction("write", types.int64(types.int32, types.int64, types.int64))
-sched_yield = types.ExternalFunction("sched_yield", types.int32())
+read: Any = types.ExternalFunction("read", types.int64(types.int32, types.int64, types.int64))
+write: Any = types.ExternalFunction("write", types.int64(types.int32, types.int64, types.int64))
+sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 def _word(b: ir.IRBuilder, address: Any, kind: Any = I64) -> Any:
     return b.inttoptr(address, kind.as_pointer())
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load_int(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), lambda context, b, sig, args: b.load(_word(b, args[0]))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store_int(typingctx: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         b.store(args[1], _word(b, args[0]))
@@ -34,12 +35,12 @@ def store_int(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load_float(typingctx: Any, address: Any) -> Any:
     return types.float32(types.int64), lambda context, b, sig, args: b.load(_word(b, args[0], F32))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store_float(typingctx: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         b.store(args[1], _word(b, args[0], F32))
@@ -48,12 +49,12 @@ def store_float(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, types.float32), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def atomic_load(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), lambda context, b, sig, args: b.load_atomic(_word(b, args[0]), "seq_cst", 8)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
     """Adds, and returns what was there before."""
 
@@ -63,7 +64,7 @@ def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def atomic_swap(typingctx: Any, address: Any, value: Any) -> Any:
     """Stores, and returns what was there before."""
 
@@ -73,7 +74,7 @@ def atomic_swap(typingctx: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pause(typingctx: Any) -> Any:
     """Tells the processor that this is a waiting loop; costs some 40 to 140 cycles."""
     triple = llvm.get_default_triple()

@@ -33,7 +33,7 @@ def usable_cores() -> int:
 
 
 class Workspace:
-    """The words and the scratch of one caller; with `threads` above 1 also its workers, started at the first job."""
+    """The words and the scratch of one caller; with `threads` above 1 also its workers, once started."""
 
     def __init__(self, enter: Enter, threads: int = 1) -> None:
         self._enter = enter
@@ -43,7 +43,8 @@ class Workspace:
         self._words = self._memory[self.address - self._memory.ctypes.data :][: jobs.POOL_BYTES].view(np.int64)
         self._job = self.address - self._memory.ctypes.data + jobs.JOB
         self._scratch = np.empty(0, np.float32)
-        self.scratch = 0
+        self._scratch_address = 0
+        self.started = False
         self._pipe: tuple[int, int] | None = None
         self._workers: list[threading.Thread] = []
 
@@ -52,12 +53,8 @@ class Workspace:
         if floats > self._scratch.size:
             self._scratch = np.empty(0, np.float32)  # the old one goes first
             self._scratch = np.empty(floats, np.float32)
-            self.scratch = self._scratch.ctypes.data
-        return self.scratch
-
-    @property
-    def scratch_array(self) -> np.ndarray:
-        return self._scratch
+            self._scratch_address = self._scratch.ctypes.data
+        return self._scratch_address
 
     def run(self, *words: int) -> None:
         """Compute one job, given by its JOB_WORDS words (`cpu.enter` names them)."""
@@ -66,14 +63,17 @@ class Workspace:
 
     def start(self) -> None:
         """Start the workers; until then every job is computed by its caller alone."""
-        if self.threads < 2 or self._workers:
+        self.started = True
+        if self.threads < 2:
             return
         self._pipe = os.pipe()
         self._words[jobs.STOP // 8] = 0
         self._words[jobs.PIPE_IN // 8], self._words[jobs.PIPE_OUT // 8] = self._pipe
         self._words[jobs.THREADS // 8] = self.threads
         for worker in range(1, self.threads):
-            thread = threading.Thread(target=self._enter, args=(self.address, worker), name=f"kernels-{worker}", daemon=True)
+            thread = threading.Thread(
+                target=self._enter, args=(self.address, worker), name=f"kernels-{worker}", daemon=True
+            )
             thread.start()
             self._workers.append(thread)
 
@@ -99,7 +99,6 @@ class Pool:
         self._lock = threading.Lock()
         self._own = threading.local()
         self._shared = Workspace(enter, threads)
-        self._shared.start()
         itself = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: pool._forget() if (pool := itself()) else None)
@@ -110,17 +109,15 @@ class Pool:
         return self._shared.threads
 
     def _forget(self) -> None:
-        """A forked child has none of the threads: begin again (its parent still owns the pipe's other copies)."""
+        """A forked child has none of the threads: begin anew, when it first computes."""
         self._lock = threading.Lock()
         self._shared = Workspace(self._enter, self._shared.threads)
-        self._shared.start()
 
     def resize(self, threads: int) -> None:
         with self._lock:
             if threads != self._shared.threads:
                 self._shared.stop()
                 self._shared = Workspace(self._enter, threads)
-                self._shared.start()
 
     def close(self) -> None:
         """Stop the workers; jobs after that run on their callers."""
@@ -130,6 +127,8 @@ class Pool:
     def take(self) -> tuple[Workspace, bool]:
         """A workspace, and whether it is the shared one, to be given back with `release`."""
         if self._lock.acquire(blocking=False):
+            if not self._shared.started:
+                self._shared.start()
             return self._shared, True
         own: Workspace | None = getattr(self._own, "workspace", None)
         if own is None:

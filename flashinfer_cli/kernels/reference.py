@@ -14,7 +14,8 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def as_plain(weight: torch.Tensor, fmt: str) -> torch.Tensor:
-    """uint8 [..., bytes] in a plain format as a tensor of its dtype; copied only when torch cannot view that address."""
+    """uint8 [..., bytes] in a plain format as a tensor of its dtype; copied only when torch cannot view that
+    address."""
     dtype = DTYPES[fmt]
     size = FORMATS[fmt][1]
     if weight.storage_offset() % size or weight.data_ptr() % size:

@@ -99,9 +99,7 @@ class Attention:
             if rope is not None and rope.varies:
                 cos, sin = rope.cos_sin(torch.arange(start + tokens, device=x.device), rope_length)
                 keys = rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
-            mixed = attend(
-                q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap
-            )
+            mixed = attend(q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap)
         return self.out(mixed, rt)
 
     def _project(self, x: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -49,9 +49,8 @@ class RecordFfn:
         out = torch.zeros_like(x)
         for part in self.parts:
             rows = slice(part.start, part.start + part.rows)
-            bias = None
-            if self.gate_bias is not None or self.up_bias is not None:
-                bias = tuple(None if b is None else b[rows] for b in (self.gate_bias, self.up_bias))
+            gate_bias = None if self.gate_bias is None else self.gate_bias[rows]
+            bias = gate_bias, None if self.up_bias is None else self.up_bias[rows]
             with rt.feed.use(part.slice) as data, rt.recorder.computing():
                 rt.kernels.ffn_records(x, data.view(part.rows, -1), self.format, self.gated, self.act, bias, out)
         return out if self.down_bias is None else out.add_(self.down_bias)

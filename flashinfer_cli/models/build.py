@@ -49,8 +49,8 @@ class Builder:
             raws = self.rt.feed.store.read_now([self.tensors[r.tensor].rows(r.row, r.rows) for r in refs], "always")
             for (key, ref), raw in zip(batch, raws, strict=True):
                 fmt = self.tensors[ref.tensor].format
-                raw = torch.from_numpy(np.array(raw)).view(ref.rows, -1)
-                value = self.rt.kernels.dequantize(raw, fmt, ref.cols).clone()
+                stored = torch.from_numpy(np.array(raw)).view(ref.rows, -1)
+                value = self.rt.kernels.dequantize(stored, fmt, ref.cols).clone()
                 if not torch.isfinite(value).all():
                     raise CorruptCheckpointError(f"Tensor '{ref.tensor}' holds NaN or infinite values.")
                 is_vector = key[1].endswith(".bias") or "norm" in key[1]

@@ -87,7 +87,12 @@ class Decoder:
         self.rt.feed.begin(self._passes[with_head], [self._passes[f] for f in following])
 
     def forward(
-        self, ids: torch.Tensor, kv: KVCache, *, logits: Literal["none", "last", "all"] = "last", rope_length: int | None = None
+        self,
+        ids: torch.Tensor,
+        kv: KVCache,
+        *,
+        logits: Literal["none", "last", "all"] = "last",
+        rope_length: int | None = None,
     ) -> torch.Tensor | None:
         """Run token ids [T] that follow what `kv` holds; returns float32 [1 or T, vocab_size], or None.
 

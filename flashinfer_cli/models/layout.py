@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..bundle.format import RecordLayout
+from ..bundles.format import RecordLayout
 from ..cache.slices import Slice
 from ..checkpoint.base import Checkpoint, Extent, TensorInfo
-from ..config import MiB, SLICE_BYTES, ModelConfig, RunConfig, WeightMap, WeightRef
+from ..config import SLICE_BYTES, MiB, ModelConfig, RunConfig, WeightMap, WeightRef
 from ..layers.attention import SCORE_BYTES
 from ..layers.linear import RowSlice
 from ..layers.moe import ExpertLayout, ExpertPart

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..bundle.reader import open_bundle
+from ..bundles.reader import open_bundle
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.hub import resolve
 from ..checkpoint.open import is_bundle, open_checkpoint
@@ -35,7 +35,7 @@ class OpenModel:
 
     @property
     def exactness(self) -> str:
-        """"quantized" where a bundle's weights were rounded when it was made, else "exact"."""
+        """ "quantized" where a bundle's weights were rounded when it was made, else "exact"."""
         manifest = getattr(self.checkpoint, "manifest", None)
         return "exact" if manifest is None else str(manifest.exactness)
 
@@ -80,5 +80,5 @@ def open_model(model: str | Path, *, revision: str | None = None, quiet: bool = 
     config = parse_config(checkpoint.config)
     if config.model_type not in FAMILIES:
         raise CorruptCheckpointError(f"{path} has no model_type we know.")
-    kind = "gguf" if checkpoint.kind == "gguf" else "safetensors"
+    kind: Literal["gguf", "safetensors"] = "gguf" if checkpoint.kind == "gguf" else "safetensors"
     return OpenModel(str(model), checkpoint, config, weight_map(config, checkpoint.tensors, kind))

@@ -13,6 +13,8 @@ from ..device import allocate
 from ..report import Recorder
 from .flash import ALIGN, REQUEST_BYTES, FlashStore, Ticket, span_of
 
+BATCHES = 3  # of `depth` requests each, so that some wait whenever one ends
+
 
 @dataclass(frozen=True)
 class DriveRate:
@@ -25,21 +27,23 @@ class DriveRate:
 
 
 def measure(path: Path, *, request_bytes: int = REQUEST_BYTES, depth: int = 8, seconds: float = 1.0) -> DriveRate:
-    """Read random aligned pieces of a file for about `seconds`, always `depth` in flight, past the page cache if it works."""
+    """Read random aligned pieces of a file for about `seconds`, always `depth` in flight, past the page cache."""
     size = path.stat().st_size
     blocks = max(1, (size - request_bytes) // ALIGN)
     order = random.Random(0)
-    room = request_bytes + 2 * ALIGN
-    buffer = allocate(2 * depth * room)
+    room = depth * (request_bytes + 2 * ALIGN)
+    buffer = allocate(BATCHES * room)
     under_way: deque[tuple[int, Ticket]] = deque()
     with FlashStore(Recorder(), threads=depth) as store:
 
         def start(slot: int) -> int:
-            span = span_of([Extent(path, order.randrange(blocks) * ALIGN, min(request_bytes, size))])
+            """Ask for `depth` pieces at once; returns their bytes."""
+            places = (order.randrange(blocks) * ALIGN for _ in range(depth))
+            span = span_of([Extent(path, place, min(request_bytes, size)) for place in places])
             under_way.append((slot, store.read(span, buffer, slot * room, "measure")))
             return span.nbytes
 
-        for slot in range(2 * depth):  # fills the pipe, opens the file and touches the buffer: not timed
+        for slot in range(BATCHES):  # fills the pipe, opens the file and touches the buffer: not timed
             start(slot)
         done, begin = 0, time.perf_counter()
         while time.perf_counter() - begin < seconds:

@@ -147,7 +147,7 @@ class FlashStore:
         fd = -1
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            os.preadv(fd, [memoryview(allocate(ALIGN))], 0)
+            os.preadv(fd, [allocate(ALIGN).data], 0)
             return fd, True
         except OSError as error:
             if fd >= 0:
@@ -167,7 +167,7 @@ class FlashStore:
     # ---- reading
     def read(self, span: Span, buffer: np.ndarray, place: int, kind: str) -> Ticket:
         """Start reading a span into buffer[place:]; `place` and the buffer's address are multiples of ALIGN."""
-        view = memoryview(buffer)
+        view = buffer.data
         cuts = []
         for path, offset, length, at, _ in span.reads:
             # Requests of equal size, so that none is a sliver of the alignment.

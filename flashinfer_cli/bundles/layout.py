@@ -265,7 +265,7 @@ def _trunk(
             if is_blocks(dtype):
                 formats[name] = StoredFormat(dtype, shape)
                 dtype, shape = "U8", (prod(shape[:-1]), format_bytes(dtype, shape[-1]))
-            # Readers view the file as the dtype, so an element never starts within another: blocks can have odd sizes.
+            # Blocks can have odd sizes, and some readers view the data as the dtype: its elements are kept aligned.
             gap = align_up(offset, FORMATS[dtype][1]) - offset
             if gap:
                 header.append((f"padding.{len(header)}", "U8", (gap,)))

@@ -1,0 +1,184 @@
+"""The compiled arithmetic of one thread: products of activations with some rows of a weight, and with some neurons."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import float32, njit
+
+from .dots import MOST_ROWS, MOST_TOKENS, convert, dot, mix
+from .jobs import CODES, DIRECT_TOKENS, GATED, PADDING
+from .memory import load_float, store_float
+
+F32 = CODES["F32"]
+BLOCKS_FROM = CODES["BF16"] + 1  # formats from this code on come in blocks
+# Up to DIRECT_TOKENS tokens, plain rows go straight from memory into the products, one after the other: what limits
+# them is memory, and one sequential stream is the fastest. With more, they are converted once, and two stand side by
+# side.
+
+compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+@compiled
+def _activate(act: Any, v: Any) -> Any:
+    if act == 0:
+        return float32(0.0) if v < 0 else v
+    if act == 1:
+        return float32(0.0) if v < 0 else v * v
+    if act == 2:
+        return float32(v / (1.0 + math.exp(-v)))
+    if act == 3:
+        return float32(0.5 * v * (1.0 + math.erf(v * 0.7071067811865476)))
+    if act == 4:
+        return float32(0.5 * v * (1.0 + math.tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))))
+    return float32(v / (1.0 + math.exp(-1.702 * v)))
+
+
+@compiled
+def _tile(left: Any) -> Any:
+    """Tokens to handle together, out of those left: 4 as 2 + 2."""
+    return 2 if left == 4 else min(left, MOST_TOKENS)
+
+
+@compiled
+def _dots(
+    code: Any, row: Any, pitch: Any, rows: Any, x: Any, tokens: Any, n: Any, out: Any, stride: Any, most: Any
+) -> None:
+    """out[t, r] = row[r] . x[t], `most` rows side by side; x is contiguous, out has `stride` bytes from token to token.
+
+    Tokens outside, rows inside: with many tokens, the rows are to be few enough for the second-level cache.
+    """
+    t = 0
+    while t < tokens:
+        some = _tile(tokens - t)
+        r = 0
+        while r < rows:
+            few = min(rows - r, most)
+            dot(
+                (code * 4 + few) * 4 + some,
+                row + r * pitch,
+                pitch,
+                x + 4 * n * t,
+                4 * n,
+                n,
+                out + stride * t + 4 * r,
+                stride,
+            )
+            r += few
+        t += some
+
+
+@compiled
+def converted(code: Any, row: Any, pitch: Any, rows: Any, n: Any, out: Any, stride: Any) -> None:
+    """out[r] = row[r] as float32, `stride` bytes apart."""
+    for r in range(rows):
+        convert(code, row + r * pitch, n, out + r * stride)
+
+
+@compiled
+def linear(
+    code: Any,
+    rows: Any,
+    cols: Any,
+    weight: Any,
+    width: Any,
+    x: Any,
+    tokens: Any,
+    out: Any,
+    stride: Any,
+    scratch: Any,
+    group: Any,
+) -> None:
+    if code < BLOCKS_FROM and tokens <= DIRECT_TOKENS:
+        _dots(code, weight, width, rows, x, tokens, cols, out, stride, 1)
+        return
+    if code == F32:
+        _dots(code, weight, width, rows, x, tokens, cols, out, stride, MOST_ROWS)
+        return
+    for first in range(0, rows, group):
+        some = min(group, rows - first)
+        converted(code, weight + first * width, width, some, cols, scratch, 4 * cols)
+        _dots(F32, scratch, 4 * cols, some, x, tokens, cols, out + 4 * first, stride, MOST_ROWS)
+
+
+@compiled
+def neurons(
+    code: Any,
+    rows: Any,
+    d: Any,
+    records: Any,
+    width: Any,
+    x: Any,
+    tokens: Any,
+    sums: Any,
+    act: Any,
+    gate_bias: Any,
+    up_bias: Any,
+    scratch: Any,
+    group: Any,
+) -> None:
+    """sums[t] = the contributions of `rows` neurons, added one after the other, `group` of them worked on together."""
+    size = 4 if code == F32 else 2
+    direct = tokens <= DIRECT_TOKENS
+    gated = act >= GATED
+    most = 1 if direct else MOST_ROWS
+    padded = 4 * d + PADDING
+    line = 4 * group
+    gate = scratch + padded * group
+    up = gate + line * tokens
+    for i in range(tokens * d):
+        store_float(sums + 4 * i, float32(0.0))
+    for first in range(0, rows, group):
+        some = min(group, rows - first)
+        row = records + first * width
+        for part in range(0 if gated else 1, 3):
+            if direct:
+                source, pitch, plain = row, width, code
+            else:
+                converted(code, row, width, some, d, scratch, padded)
+                source, pitch, plain = scratch, padded, F32
+            row += d * size
+            if part == 0:
+                _dots(plain, source, pitch, some, x, tokens, d, gate, line, most)
+                continue
+            if part == 1:
+                _dots(plain, source, pitch, some, x, tokens, d, up, line, most)
+                _activate_all(act, gate, up, tokens, some, line, gate_bias, up_bias, first)
+                continue
+            t = 0
+            while t < tokens:
+                few = _tile(tokens - t)
+                mix(
+                    (plain * 4 + min(some, 2)) * 4 + few,
+                    source,
+                    pitch,
+                    some,
+                    d,
+                    up + line * t,
+                    line,
+                    sums + 4 * d * t,
+                    4 * d,
+                )
+                t += few
+
+
+@compiled
+def _activate_all(
+    act: Any, gate: Any, up: Any, tokens: Any, rows: Any, line: Any, gate_bias: Any, up_bias: Any, first: Any
+) -> None:
+    """up = act(gate + gate bias) * (up + up bias), or act(up + up bias); biases from neuron `first` on."""
+    for t in range(tokens):
+        for r in range(rows):
+            at = line * t + 4 * r
+            value = load_float(up + at)
+            if up_bias:
+                value += load_float(up_bias + 4 * (first + r))
+            if act >= GATED:
+                other = load_float(gate + at)
+                if gate_bias:
+                    other += load_float(gate_bias + 4 * (first + r))
+                value *= _activate(act - GATED, other)
+            else:
+                value = _activate(act, value)
+            store_float(up + at, value)
