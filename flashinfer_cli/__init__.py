@@ -1,4 +1,5 @@
-"""Run language models larger than memory: the weights stay on the SSD, and only what the next token needs is brought in.
+"""Run language models larger than memory: the weights stay on the SSD, and only what the next token needs is brought
+in.
 
     import flashinfer_cli as fc
     with fc.load("path/to/model", memory="2GiB") as engine:
@@ -27,8 +28,8 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0"
 
 _HOMES = {
-    "load": "engine", "bundle": "apps.bundling", "Engine": "engine", "TokenEvent": "decoding.generate", "RunReport": "report",
-    "ModelConfig": "config", "RunConfig": "config", "SamplingParams": "config",
+    "load": "engine", "bundle": "apps.bundling", "Engine": "engine", "TokenEvent": "decoding.generate", "RunReport":
+    "report", "ModelConfig": "config", "RunConfig": "config", "SamplingParams": "config",
 }  # fmt: skip
 __all__ = ["Engine", "ModelConfig", "RunConfig", "RunReport", "SamplingParams", "TokenEvent", "bundle", "load"]
 

@@ -1,4 +1,5 @@
-"""The three kinds of settings, all frozen: what the model is, how to run it, how to sample. Every default stands here, once."""
+"""The three kinds of settings, all frozen: what the model is, how to run it, how to sample. Every default stands
+here, once."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (2104.09864) and how it is stretched. Names as in `rope_parameters` of a config.json."""
+    """Rotary position embedding (2104.09864) and how it is stretched. Names as in `rope_parameters` of a
+    config.json."""
 
     theta: float = 10_000.0
     rope_type: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
@@ -112,8 +114,8 @@ class ModelConfig:
 class WeightRef:
     """Rows [row, row + rows) of a tensor seen as a matrix: all its leading dimensions flattened into rows.
 
-    One expert of a fused [E, rows, cols] tensor, the `up` half of a fused gate_up, or a whole [rows, cols] tensor; a vector
-    of n elements is one row.
+    One expert of a fused [E, rows, cols] tensor, the `up` half of a fused gate_up, or a whole [rows, cols] tensor; a
+    vector of n elements is one row.
     """
 
     tensor: str
@@ -128,9 +130,9 @@ class WeightMap:
 
     Global roles: embed, head (the same ref as embed when tied), head.bias, positions, project_in, project_out,
     final_norm, final_norm.bias.
-    Layer roles: attn_norm, attn_post_norm, ffn_norm, ffn_post_norm (each also with .bias); q, k, v or qkv, and o (each also
-    with .bias); q_norm, k_norm (also .bias); up, down (and gate where gated; each also with .bias); router (.bias);
-    experts.<e>.gate|up|down; shared.gate|up|down; shared_gate.
+    Layer roles: attn_norm, attn_post_norm, ffn_norm, ffn_post_norm (each also with .bias); q, k, v or qkv, and o
+    (each also with .bias); q_norm, k_norm (also .bias); up, down (and gate where gated; each also with .bias); router
+    (.bias); experts.<e>.gate|up|down; shared.gate|up|down; shared_gate.
     """
 
     model: dict[str, WeightRef]
@@ -174,7 +176,8 @@ SLICE_BYTES = 2 * MiB  # the size of a streamed slice; fixed, so that the order 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What the user asked of sampling; None means the model's generation_config, else the default named in `resolved`."""
+    """What the user asked of sampling; None means the model's generation_config, else the default named in
+    `resolved`."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -201,7 +204,8 @@ class SamplingParams:
         check("--repeat-penalty", self.repeat_penalty, 1e-9, float("inf"), "above 0 (1 is off)")
 
     def resolved(self, generation_config: dict[str, Any] | None = None) -> SamplingParams:
-        """Fill every None: flags win over generation_config, generation_config over the defaults (greedy, DEFAULT_MAX_TOKENS)."""
+        """Fill every None: flags win over generation_config, generation_config over the defaults (greedy,
+        DEFAULT_MAX_TOKENS)."""
         given = generation_config or {}
         sampled = bool(given.get("do_sample", False))
 

@@ -1,7 +1,7 @@
 """Where tensors live and how much memory there is: the only module that asks which device, and which operating system.
 
-Memory figures are bytes. On the CPU and on Apple's unified memory one budget covers all; on CUDA the weights that stay live
-on the card and the host keeps staging and the process.
+Memory figures are bytes. On the CPU and on Apple's unified memory one budget covers all; on CUDA the weights that
+stay live on the card and the host keeps staging and the process.
 """
 
 from __future__ import annotations

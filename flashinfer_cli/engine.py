@@ -39,7 +39,8 @@ def plan_model(
 ) -> tuple[MemoryPlan, RunConfig]:
     """The memory plan of a run, and the run with its context settled.
 
-    Without --context the default shrinks by halves, down to 512 tokens, where the budget asks for it. Raises BudgetError.
+    Without --context the default shrinks by halves, down to 512 tokens, where the budget asks for it. Raises
+    BudgetError.
     """
     longest = model.config.max_position_embeddings or DEFAULT_CONTEXT
     wanted = [run.context] if run.context else [min(longest, DEFAULT_CONTEXT >> i) for i in range(4)]
@@ -293,8 +294,8 @@ def load(
     """Load a Hugging Face folder, a GGUF file, a bundle, or org/name from the hub.
 
     `run_options` are the fields of RunConfig: memory ("4GiB", "60%", "auto" or bytes), device, stream, context, ...
-    `need` says, given the tokenizer, how many tokens the context must hold when no `context` is given. Raises errors.* as
-    told there.
+    `need` says, given the tokenizer, how many tokens the context must hold when no `context` is given. Raises
+    errors.* as told there.
     """
     known = {f.name for f in fields(RunConfig)}
     unknown = next((name for name in run_options if name not in known), None)

@@ -1,7 +1,7 @@
 """One byte budget over everything: the process itself, what always stays, caches, keys and values, scratch.
 
-The plan is made before anything is loaded and refuses what cannot fit, naming the least that would. Which slices stay is
-spread evenly over the forward pass, so that reading and computing alternate at a steady rate.
+The plan is made before anything is loaded and refuses what cannot fit, naming the least that would. Which slices stay
+is spread evenly over the forward pass, so that reading and computing alternate at a steady rate.
 """
 
 from __future__ import annotations
@@ -87,9 +87,11 @@ def make_plan(
     stream: str,
     card: int | None = None,
 ) -> MemoryPlan:
-    """Divide `budget` bytes. `process` is the resident size of the process now, `card` the free bytes of a card's own memory.
+    """Divide `budget` bytes. `process` is the resident size of the process now, `card` the free bytes of a card's own
+    memory.
 
-    Raises BudgetError, naming the least, when even the smallest caches do not fit, or with stream="never" when not all does.
+    Raises BudgetError, naming the least, when even the smallest caches do not fit, or with stream="never" when not
+    all does.
     """
     largest = max(sizes.slices, default=0)
     all_slices = sum(sizes.slices)
@@ -106,14 +108,15 @@ def make_plan(
     whole = fixed(least_chunk) + all_slices + sizes.table + (num_experts + has_experts) * sizes.expert
     if budget < least:
         raise BudgetError(
-            f"The memory budget of {format_size(budget)} is too small: this model needs at least {format_size(least)} "
-            f"({least / MiB:.0f}MiB) with a context of {context} tokens.",
+            f"The memory budget of {format_size(budget)} is too small: this model needs at least "
+            f"{format_size(least)} ({least / MiB:.0f}MiB) with a context of {context} tokens.",
             f"Give --memory {-(-least // MiB)}MiB or more" + (", or a smaller --context." if kv > 16 * MiB else "."),
             least=least,
         )
     if stream == "never" and budget < whole:
         raise BudgetError(
-            f"The model does not fit: with --stream never it needs {format_size(whole)}, and the budget is {format_size(budget)}.",
+            f"The model does not fit: with --stream never it needs {format_size(whole)}, "
+            f"and the budget is {format_size(budget)}.",
             f"Give --memory {-(-whole // MiB)}MiB or more, or let it stream with --stream auto.",
             least=whole,
         )

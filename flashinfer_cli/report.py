@@ -1,7 +1,7 @@
 """What a run cost, counted where it happens and read out at the end. Renders nothing.
 
-`Recorder` is written to by the store, the caches and the engine; `RunReport` is a frozen reading of it. Prefill and decode
-are counted apart, since a prompt's hits and rates say nothing about those of generation.
+`Recorder` is written to by the store, the caches and the engine; `RunReport` is a frozen reading of it. Prefill and
+decode are counted apart, since a prompt's hits and rates say nothing about those of generation.
 """
 
 from __future__ import annotations

@@ -10,10 +10,16 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from flashinfer_cli.checkpoint.hub import parse_hub_name, resolve
 from flashinfer_cli.errors import CheckpointNotFoundError, StorageError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def bars_on() -> None:
+    """As in a fresh process: transformers, imported by other tests, switches the hub's bars off for all."""
+    enable_progress_bars()
 
 
 class Hub:

@@ -190,6 +190,25 @@ def test_ffn_bits_do_not_depend_on_tokens_or_threads(numba: Kernels) -> None:
             assert torch.equal(out, single[:tokens])
 
 
+def test_ffn_in_several_passes_over_many_tokens(numba: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sums than one thread adds up, and than fit at once: the bits stay those of single tokens."""
+    from flashinfer_cli.kernels import jobs
+
+    records, parts = records_of("BF16", 100, 1024, True)
+    x = torch.randn(41, 1024) * 0.2
+    single = torch.zeros(41, 1024)
+    for t in range(41):
+        numba.ffn_records(x[t : t + 1], records, "BF16", True, "silu", None, single[t : t + 1])
+    gate, up, down = (part.double() for part in parts)
+    want = (torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down
+    torch.testing.assert_close(single.double(), want, rtol=1e-5, atol=1e-3)
+    for limit in (jobs.SUMS_BYTES, 1 << 18, 1):
+        monkeypatch.setattr(jobs, "SUMS_BYTES", limit)
+        out = torch.zeros(41, 1024)
+        numba.ffn_records(x, records, "BF16", True, "silu", None, out)
+        assert torch.equal(out, single)
+
+
 def test_activations_of_infinities_and_nan(numba: Kernels) -> None:
     """One neuron, down = 1: what comes out is the activation itself."""
     records = torch.tensor([[1.0, 1.0]]).view(torch.uint8)

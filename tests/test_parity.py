@@ -1,8 +1,8 @@
-"""Every family against transformers: float32 logits within 1e-4, resident, streamed, from a bundle, and step by step."""
+"""Every family against transformers: float32 logits within 1e-4, resident, streamed, from a bundle, and step by
+step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     family, index = request.param
-    folder, hf = make(family, index, tmp_path_factory.mktemp("model") / family)
-    yield folder, hf
+    return make(family, index, tmp_path_factory.mktemp("model") / family)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Real trained models against transformers on the same weights, and real budgets. Needs GENAI_RUN_MODELS, a folder of models."""
+"""Real trained models against transformers on the same weights, and real budgets. Needs GENAI_RUN_MODELS, a folder of
+models."""
 
 from __future__ import annotations
 

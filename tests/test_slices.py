@@ -1,4 +1,5 @@
-"""The ring and the feed: right bytes in the right order whatever the room; and the expert cache against plain reading."""
+"""The ring and the feed: right bytes in the right order whatever the room; and the expert cache against plain
+reading."""
 
 from __future__ import annotations
 

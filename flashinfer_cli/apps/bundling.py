@@ -14,8 +14,8 @@ from ..errors import TokenizerError, UsageError
 from ..models.open import OpenModel, open_model
 
 TEXT_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def bundle(
 ) -> Path:
     """Write a bundle of `model` to the folder `out`, and return its path. Resumes what was cut off.
 
-    `dtype` is of the neuron records: auto, f32, f16 or bf16. Raises BundleError where OUT is something else, or a run with
-    other parameters was cut off there; StorageError when the disk is full.
+    `dtype` is of the neuron records: auto, f32, f16 or bf16. Raises BundleError where OUT is something else, or a run
+    with other parameters was cut off there; StorageError when the disk is full.
     """
     opened = open_source(model, revision)
     with _extras(opened) as extras:

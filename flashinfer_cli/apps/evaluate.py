@@ -28,8 +28,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of `text` in windows of the context, each token scored once, and bits per byte.
 
-    With `against="dense"` also the mean KL divergence (nats) from the resident run to this one and how often both have the
-    same first choice; that needs the memory of a second, resident model. Raises UsageError for a text without two tokens.
+    With `against="dense"` also the mean KL divergence (nats) from the resident run to this one and how often both
+    have the same first choice; that needs the memory of a second, resident model. Raises UsageError for a text
+    without two tokens.
     """
     opened = open_model(model, revision=run.revision)
     ids = opened.tokenizer.encode(text)[: max_tokens or None]

@@ -1,7 +1,7 @@
 """The expert cache (2312.17238): experts in preallocated slots, the most recently used of each layer staying.
 
-Experts are handed out by an iterator, resident ones first and the rest as their reads end, so that computing covers I/O.
-Eviction drops: weights are read-only and nothing is ever copied, a slot only changes hands.
+Experts are handed out by an iterator, resident ones first and the rest as their reads end, so that computing covers
+I/O. Eviction drops: weights are read-only and nothing is ever copied, a slot only changes hands.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .policy import Lru
 class ExpertCache:
     """Slots for the experts of all layers under one byte budget.
 
-    `extents[layer][expert]` are the pieces of an expert (one in a bundle, two or three in other files). Each layer keeps
-    `per_layer` experts; `transit` more slots, at least one, take what is on its way in. All slots have one size, so any
-    expert fits any slot.
+    `extents[layer][expert]` are the pieces of an expert (one in a bundle, two or three in other files). Each layer
+    keeps `per_layer` experts; `transit` more slots, at least one, take what is on its way in. All slots have one
+    size, so any expert fits any slot.
     """
 
     def __init__(

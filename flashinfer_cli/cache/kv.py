@@ -9,7 +9,8 @@ from ..errors import ContextError
 
 
 class KVCache:
-    """Per layer float32 [num_key_value_heads, capacity, head_dim], filled up to `length`. `trim` rewinds (speculation)."""
+    """Per layer float32 [num_key_value_heads, capacity, head_dim], filled up to `length`. `trim` rewinds
+    (speculation)."""
 
     def __init__(self, config: ModelConfig, capacity: int, device: str, dtype: torch.dtype = torch.float32) -> None:
         self.capacity = capacity

@@ -1,4 +1,5 @@
-"""Which records may stay. Policies handle ids, never tensors, so a recorded trace can be run through them without a model."""
+"""Which records may stay. Policies handle ids, never tensors, so a recorded trace can be run through them without a
+model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Slices: the records of plain streaming. A slice is a run of rows that is brought in, used and let go as one.
 
-Some slices are pinned in memory for good; the rest come through a ring in the order of the forward pass, which is known, so
-the guess of what is needed next is certain. Where the cut lies depends on the budget; the slices themselves do not, so the
-order of every sum, and with it every bit of the result, is the same whatever the budget.
+Some slices are pinned in memory for good; the rest come through a ring in the order of the forward pass, which is
+known, so the guess of what is needed next is certain. Where the cut lies depends on the budget; the slices themselves
+do not, so the order of every sum, and with it every bit of the result, is the same whatever the budget.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Ring:
         self._pump()
 
     def take(self, wanted: Slice) -> tuple[np.ndarray, Ticket]:
-        """The bytes of the oldest scheduled slice, which must be `wanted`, and the ticket to wait on before using them."""
+        """The bytes of the oldest scheduled slice, which must be `wanted`, and the ticket to wait on before using
+        them."""
         assert not self._in_use, "the slice before is still in use"
         slice_, place, ticket = self._live[0]
         assert slice_ is wanted, "slices are taken in the order they were scheduled"
@@ -110,8 +111,8 @@ class Ring:
 class Feed:
     """Hands out the bytes of slices, pinned or streamed, as uint8 tensors on the computing device.
 
-    A pass is announced before it runs (`begin`), with the passes known to follow it, so that reading goes on across the end
-    of a token. `order(with_head)` is fixed when the model is built.
+    A pass is announced before it runs (`begin`), with the passes known to follow it, so that reading goes on across
+    the end of a token. `order(with_head)` is fixed when the model is built.
     """
 
     def __init__(self, store: FlashStore, device: Device, recorder: Recorder) -> None:
@@ -158,7 +159,8 @@ class Feed:
         self.ring = Ring(self.store, nbytes) if nbytes else None
 
     def begin(self, streamed: tuple[Slice, ...], following: Sequence[tuple[Slice, ...]] = ()) -> None:
-        """Announce the pass that starts now and those that will follow: the slices of each that are not pinned, in order."""
+        """Announce the pass that starts now and those that will follow: the slices of each that are not pinned, in
+        order."""
         if self.ring is None:
             return
         expected = [streamed, *following]

@@ -1,4 +1,5 @@
-"""What every kind of checkpoint offers: tensors as named byte ranges of read-only files, and the model's own words about itself."""
+"""What every kind of checkpoint offers: tensors as named byte ranges of read-only files, and the model's own words
+about itself."""
 
 from __future__ import annotations
 

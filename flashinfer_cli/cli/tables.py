@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import format_size
+from ..config import RopeConfig, format_size
 
 if TYPE_CHECKING:
     from ..plan import MemoryPlan
@@ -82,10 +82,12 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
         "weights": format_size(weights),
     }
     architecture = {name: plain(config[name]) for name in SHOWN if name in config}
-    for name in ("rope", "moe"):
-        if config.get(name):
-            settings = {key: value for key, value in config[name].items() if value not in (None, 0, 0.0, (), [], False)}
-            architecture[name] = ", ".join(f"{key} {plain(value)}" for key, value in settings.items())
+    rope, usual = config.get("rope"), asdict(RopeConfig())
+    if rope:
+        settings = {key: value for key, value in rope.items() if value != usual.get(key) or key == "rope_type"}
+        architecture["rope"] = ", ".join(f"{key} {plain(value)}" for key, value in settings.items())
+    if config.get("moe"):
+        architecture["moe"] = ", ".join(f"{key} {plain(value)}" for key, value in config["moe"].items() if value)
     text = {
         "tokenizer": str(found["tokenizer"] or f"none: {found.get('tokenizer_problem', '')}"),
         "chat template": plain(found["chat_template"]),

@@ -14,7 +14,8 @@ GoOn = Callable[..., Iterator[TokenEvent]]  # (session, ids, sampling, progress=
 
 
 class ChatSession:
-    """Messages so far and the session that has read them. Raises TokenizerError where the model has no chat template."""
+    """Messages so far and the session that has read them. Raises TokenizerError where the model has no chat
+    template."""
 
     def __init__(self, tokenizer: Tokenizer, session: Session, go_on: GoOn, system: str | None = None) -> None:
         if not tokenizer.has_chat_template:

@@ -145,7 +145,7 @@ def enter(pool: Any, worker: Any) -> None:
     weight, `chunk` the rows handed out together, the scratch stride (bytes) what each thread has for itself, `group`
     the rows whose products it works on together, after converting them into its scratch where the format asks for it.
 
-    LINEAR: out[t, row] = weight[row] . x[t] for `count` rows; `stride` bytes from token to token; scratch [group, cols].
+    LINEAR: out[t, row] = weight[row] . x[t] for `count` rows; `stride` bytes between tokens; scratch [group, cols].
     DEQUANTIZE: out[row] = weight[row] as float32, contiguous; `stride` bytes from row to row of out.
     FFN: out[tokens, cols] += what `count` neurons contribute, whose records are the rows of weight; `stride` is the
     address of the sums, float32 [chunks, tokens, cols]; scratch: [group, cols + PADDING / 4 + 2 * tokens] and at

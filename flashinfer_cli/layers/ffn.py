@@ -34,7 +34,8 @@ class DenseFfn:
 
 @dataclass(frozen=True)
 class RecordFfn:
-    """Neuron records of a bundle (2312.11514, row-column bundling): gate row, up row and down column of a neuron together."""
+    """Neuron records of a bundle (2312.11514, row-column bundling): gate row, up row and down column of a neuron
+    together."""
 
     parts: tuple[RowSlice, ...]  # runs of records
     format: str

@@ -1,4 +1,5 @@
-"""A model opened and understood, nothing of its weights loaded yet: what inspecting, planning, bundling and running share."""
+"""A model opened and understood, nothing of its weights loaded yet: what inspecting, planning, bundling and running
+share."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The flash store: many reads under way at once, past the page cache where the drive allows it, counted.
 
-Plain `os.preadv` in threads (the call releases the interpreter lock) comes close to the raw drive once enough requests of
-a quarter to one megabyte are in flight; page faults through mmap do not. Direct reads (O_DIRECT, or F_NOCACHE on macOS)
-keep streamed weights from filling memory as page cache, which a budget would have to count. An open with O_DIRECT can
-succeed and its first read fail, so a read is tried before the mode is believed.
+Plain `os.preadv` in threads (the call releases the interpreter lock) comes close to the raw drive once enough
+requests of a quarter to one megabyte are in flight; page faults through mmap do not. Direct reads (O_DIRECT, or
+F_NOCACHE on macOS) keep streamed weights from filling memory as page cache, which a budget would have to count. An
+open with O_DIRECT can succeed and its first read fail, so a read is tried before the mode is believed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ REQUEST_BYTES = 512 * KiB
 
 @dataclass(frozen=True)
 class Span:
-    """Where extents land in an aligned buffer: `starts[i]` is the first byte of extent i, `reads` the aligned requests."""
+    """Where extents land in an aligned buffer: `starts[i]` is the first byte of extent i, `reads` the aligned
+    requests."""
 
     nbytes: int
     starts: tuple[int, ...]
@@ -98,8 +99,8 @@ _Request = tuple[Ticket, Path, int, memoryview]  # ticket, file, offset, where t
 class FlashStore:
     """Batched asynchronous reads of a checkpoint's files into buffers of the caller.
 
-    `direct` is "auto" or "never". Reads are split into requests of REQUEST_BYTES and served by `threads` threads, first come
-    first served. Thread-safe. Close it, or use it as a context manager.
+    `direct` is "auto" or "never". Reads are split into requests of REQUEST_BYTES and served by `threads` threads,
+    first come first served. Thread-safe. Close it, or use it as a context manager.
     """
 
     def __init__(self, recorder: Recorder, *, threads: int = 8, direct: str = "auto") -> None:
