@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,10 +98,17 @@ def cores() -> int:
 # ------------------------------------------------------------------ memory of the process
 
 
+HUGE_PAGE = 2 << 20  # reading weights through pages of 4 KiB spends a third of the time on address translation
+
+
 def allocate(nbytes: int) -> np.ndarray:
     """Page-aligned anonymous memory as uint8 [nbytes], fit for direct I/O; given back to the system when dropped."""
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), **private), dtype=np.uint8)[:nbytes]
+    memory = mmap.mmap(-1, max(nbytes, 1), **private)
+    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them: small pages do, half as fast again
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
 
 
 def resident_bytes() -> int:

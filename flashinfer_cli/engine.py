@@ -102,10 +102,9 @@ class Engine:
             self._tokenizer: Tokenizer | TokenizerError = model.tokenizer
         except TokenizerError as error:
             self._tokenizer = error
-        if run.context is None and need is not None and isinstance(self._tokenizer, Tokenizer):
-            run = replace(
-                run, context=min(need(self._tokenizer), model.config.max_position_embeddings or DEFAULT_CONTEXT)
-            )
+        if need is not None and run.context is None:
+            longest = model.config.max_position_embeddings or DEFAULT_CONTEXT
+            run = replace(run, context=min(need(self.tokenizer), longest))
         metadata = getattr(model.checkpoint, "metadata", {})
         for key in [key for key in metadata if key.startswith("tokenizer.")]:
             del metadata[key]  # read by now, and large
