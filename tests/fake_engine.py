@@ -269,6 +269,10 @@ def modules() -> dict[str, ModuleType]:
 
 
 if __name__ == "__main__":
+    import signal
+
+    # A test run in the background has SIGINT ignored, and children inherit that: here it must mean Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules.update(modules())
     from flashinfer_cli.cli.main import main
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,30 @@ def test_many_tickets_in_flight(data: tuple[Path, bytes]) -> None:
             ticket.wait()
             start = place + span.starts[0]
             assert buffer[start : start + 4000].tobytes() == content[i * 5000 + 3 : i * 5000 + 4003]
+
+
+def test_urgent_reads_go_first(data: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = data
+    order: list[int] = []
+    gate = threading.Event()
+    real = FlashStore._read_one
+
+    def note(self: FlashStore, request: tuple) -> None:
+        gate.wait()
+        order.append(request[2])
+        real(self, request)
+
+    monkeypatch.setattr(FlashStore, "_read_one", note)
+    with FlashStore(Recorder(), threads=1) as store:
+        buffer = allocate(16 * ALIGN)
+        spans = [span_of([Extent(path, i * ALIGN, ALIGN)]) for i in range(5)]
+        tickets = [store.read(span, buffer, i * ALIGN, "ahead") for i, span in enumerate(spans[:4])]
+        time.sleep(0.05)  # the only thread has taken the first
+        tickets.append(store.read(spans[4], buffer, 4 * ALIGN, "now", urgent=True))
+        gate.set()
+        for ticket in tickets:
+            ticket.wait()
+    assert order == [0, 4 * ALIGN, ALIGN, 2 * ALIGN, 3 * ALIGN]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

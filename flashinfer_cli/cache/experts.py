@@ -62,7 +62,8 @@ class ExpertCache:
             while missing and self._free:
                 expert, slot = missing.popleft(), self._free.popleft()
                 span = self.spans[layer][expert]
-                pending.append((expert, slot, self.store.read(span, self.buffer, slot * self.slot_bytes, "expert")))
+                place = slot * self.slot_bytes
+                pending.append((expert, slot, self.store.read(span, self.buffer, place, "expert", urgent=True)))
 
         try:
             issue()

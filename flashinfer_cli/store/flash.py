@@ -166,8 +166,11 @@ class FlashStore:
         return "direct"
 
     # ---- reading
-    def read(self, span: Span, buffer: np.ndarray, place: int, kind: str) -> Ticket:
-        """Start reading a span into buffer[place:]; `place` and the buffer's address are multiples of ALIGN."""
+    def read(self, span: Span, buffer: np.ndarray, place: int, kind: str, *, urgent: bool = False) -> Ticket:
+        """Start reading a span into buffer[place:]; `place` and the buffer's address are multiples of ALIGN.
+
+        `urgent` reads, which somebody waits for now, go before those that are made ahead of need.
+        """
         view = buffer.data
         cuts = []
         for path, offset, length, at, _ in span.reads:
@@ -179,7 +182,10 @@ class FlashStore:
         ticket = Ticket(kind, tuple(len(target) for _, _, target in cuts), sum(useful for *_, useful in span.reads))
         with self._state:
             assert not self._closed, "read after close"
-            self._queue.extend((ticket, *cut) for cut in cuts)
+            if urgent:
+                self._queue.extendleft((ticket, *cut) for cut in reversed(cuts))
+            else:
+                self._queue.extend((ticket, *cut) for cut in cuts)
             self._state.notify(len(cuts))
         return ticket
 
@@ -189,7 +195,7 @@ class FlashStore:
 
         span = span_of(extents)
         buffer = allocate(span.nbytes)
-        self.read(span, buffer, 0, kind).wait()
+        self.read(span, buffer, 0, kind, urgent=True).wait()
         return [buffer[s : s + e.nbytes] for s, e in zip(span.starts, extents, strict=True)]
 
     def _work(self) -> None:
