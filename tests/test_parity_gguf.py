@@ -34,21 +34,17 @@ def writable(family: str, dictionary: dict[str, Any]) -> bool:
     """Whether llama.cpp could say this configuration in metadata as the writer below does."""
     rope = dictionary.get("rope_parameters") or {}
     plain = rope.get("rope_type", "default") in ("default", "linear")
+    nested = rope.get("full_attention", {}).get("rope_type", "default")
     # No key says these: a head's norm, windows by layer of qwen, dense layers among experts.
     odd = any(dictionary.get(key) for key in ("qk_layernorm", "use_sliding_window", "mlp_only_layers"))
-    odd |= dictionary.get("decoder_sparse_step", 1) != 1 or dictionary.get("hidden_act", "silu") not in USUAL.get(
-        family, ("silu",)
-    )
+    odd |= dictionary.get("decoder_sparse_step", 1) != 1
+    odd |= dictionary.get("hidden_act", "silu") not in USUAL.get(family, ("silu",))
     odd |= family == "mixtral" and bool(dictionary.get("sliding_window"))
-    return (
-        plain
-        and not odd
-        and not (family == "gemma3_text" and rope.get("full_attention", {}).get("rope_type") not in (None, "default"))
-    )
+    return plain and not odd and nested == "default"
 
 
 USUAL = {
-    "gemma": ("gelu_pytorch_tanh", "silu", "gelu"), "gemma2": ("silu",), "gemma3_text": ("silu",), "phi": ("silu", "gelu_new"),
+    "gemma": ("gelu_pytorch_tanh", "silu", "gelu"), "phi": ("silu", "gelu_new"),
     "nemotron": ("silu", "relu2"), "arcee": ("silu", "relu2"),
 }  # fmt: skip
 
