@@ -169,7 +169,7 @@ class RunConfig:
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
-SLICE_BYTES = 2 * MiB  # the size of a streamed slice; fixed, so that the order of sums never depends on the budget
+SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
 # ------------------------------------------------------------------ sampling
 

@@ -112,7 +112,7 @@ class Engine:
         layout = lay_out(model.checkpoint, model.config, model.weights)
         self.plan, self.run = plan_model(model, layout, run, self.device)
         if notify is not None:
-            notify(describe_plan(self.plan))
+            notify(str(self.plan))
         self._first_token: float | None = None
         self.drive: dict[str, Any] | None = None
         self.store = FlashStore(self.recorder, threads=run.io_threads, direct=run.direct_io)
@@ -268,18 +268,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def describe_plan(plan: MemoryPlan) -> str:
-    """The plan in one line."""
-    from .config import format_size
-
-    what = (
-        "all weights stay in memory"
-        if plan.everything_fits
-        else f"{format_size(plan.resident_bytes)} of weights stay, {format_size(plan.streamed_bytes)} stream"
-    )
-    return f"{format_size(plan.budget)} budget: {what}, context {plan.context}"
 
 
 def load(

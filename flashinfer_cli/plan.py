@@ -14,8 +14,8 @@ from .errors import BudgetError
 from .report import PlanPart
 
 RESERVE = 24 * MiB  # what no part accounts for: thread stacks, Python objects, fragments
-RING_SLICES = 16  # the ring wanted, in slices of the largest size
-RING_LEAST = 3
+RING_SLICES = 6  # the ring wanted, in slices of the largest size
+RING_LEAST = 2  # one in use, one on its way
 CHUNK_LEAST = 16
 
 
@@ -57,6 +57,12 @@ class MemoryPlan:
     @property
     def everything_fits(self) -> bool:
         return self.streamed_bytes == 0
+
+    def __str__(self) -> str:
+        """The plan in one line."""
+        stays, streams = format_size(self.resident_bytes), format_size(self.streamed_bytes)
+        what = "all weights stay in memory" if self.everything_fits else f"{stays} of weights stay, {streams} stream"
+        return f"{format_size(self.budget)} budget: {what}, context {self.context}"
 
 
 def spread(sizes: Sequence[int], room: int) -> tuple[bool, ...]:
