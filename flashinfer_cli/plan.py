@@ -127,29 +127,38 @@ def make_plan(
             least=whole,
         )
 
-    # Tokens at once first (each halving doubles the reads of a long prompt), then the ring, then what may stay.
+    # Everything if it fits; else tokens at once first (each halving doubles the reads of a long prompt) from half of
+    # what is to spare, then a longer ring, then what may stay.
     always = stream == "always"
     ring = min(RING_LEAST * largest, all_slices)
     transit = 1 if has_experts else 0
-    while chunk > least_chunk and fixed(chunk) + ring + transit * sizes.expert > budget - (budget - least) // 2:
+    fits = budget >= whole and not always
+    others = whole - fixed(least_chunk) if fits else ring + transit * sizes.expert + (budget - least) // 2
+    while chunk > least_chunk and fixed(chunk) + others > budget:
         chunk = max(least_chunk, chunk // 2)
-    left = budget - fixed(chunk) - ring - transit * sizes.expert
+    left = budget - fixed(chunk) - transit * sizes.expert
     room = left if card is None else card - kv - sizes.always - sizes.scratch(chunk) - RESERVE
     pinned: tuple[bool, ...] = (False,) * len(sizes.slices)
     per_layer = 0
-    if not always and room >= all_slices:
+    if always:
+        left -= ring
+    elif room >= all_slices:
         pinned, ring = (True,) * len(sizes.slices), 0
-        left += min(RING_LEAST * largest, all_slices)
         left -= all_slices if card is None else 0
-    elif not always:
+    else:
+        left -= ring
         more = min(max(0, RING_SLICES * largest - ring), left // 4)
         ring, left = ring + more, left - more
         pinned = spread(sizes.slices, left if card is None else room)
         left -= sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p) if card is None else 0
     if has_experts and not always:
-        more = min(sizes.experts_per_tok - transit, max(0, left // 4 // sizes.expert))
-        transit, left = transit + more, left - more * sizes.expert
-        per_layer = min(max(sizes.experts_by_layer), left // sizes.expert // len(sizes.experts_by_layer))
+        most = max(sizes.experts_by_layer)
+        if left >= num_experts * sizes.expert:
+            per_layer = most
+        else:
+            more = min(sizes.experts_per_tok - transit, max(0, left // 4 // sizes.expert))
+            transit, left = transit + more, left - more * sizes.expert
+            per_layer = min(most, left // sizes.expert // len(sizes.experts_by_layer))
 
     kept = sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p)
     in_full = all(pinned) and not always and per_layer >= max(sizes.experts_by_layer, default=0)

@@ -57,6 +57,17 @@ def test_the_least_is_the_least() -> None:
         plan(dense(), least - 1)
 
 
+@pytest.mark.parametrize("sizes", [dense(), MOE, dense(5)], ids=["dense", "moe", "small"])
+def test_never_holds_everything_from_its_least_on(sizes: Sizes) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan(sizes, 400 * MiB if sizes.slices[5:] else PROCESS + 62 * MiB, stream="never")
+    for extra in (0, 1, 10, 100, 1000):
+        for stream in ("never", "auto"):
+            made = plan(sizes, refused.value.least + extra * MiB, stream=stream)
+            assert made.everything_fits and made.table_stays == bool(sizes.table) and made.ring_bytes == 0
+            assert sum(part.planned for part in made.parts) <= made.budget
+
+
 def test_more_memory_never_streams_more() -> None:
     streamed = [plan(dense(), budget * MiB).streamed_bytes for budget in range(450, 1200, 25)]
     assert streamed == sorted(streamed, reverse=True) and streamed[-1] == 0 < streamed[0]
