@@ -169,10 +169,12 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
     def scratch(chunk: int) -> int:
         """Activations and temporaries of a pass of `chunk` tokens, counted generously."""
         d, hd = config.hidden_size, config.head_dim
-        widest = max(config.intermediate_size, (moe.shared_expert_intermediate_size if moe else 0))
-        a_token = 8 * d + 3 * hd * (2 * config.num_attention_heads + 4 * config.num_key_value_heads) + 3 * widest
-        if moe is not None:
-            a_token += (moe.num_experts_per_tok + 1) * (d + 3 * moe.moe_intermediate_size)
+        is_dense = any(not config.is_moe(layer) for layer in range(config.num_hidden_layers))
+        ffn = 3 * config.intermediate_size if is_dense else 0
+        if moe is not None:  # the outputs by rank; one expert, at worst with every token; the shared one
+            experts = (moe.num_experts_per_tok + 2) * d + 3 * moe.moe_intermediate_size
+            ffn = max(ffn, experts + 3 * moe.shared_expert_intermediate_size)
+        a_token = 8 * d + 3 * hd * (2 * config.num_attention_heads + 4 * config.num_key_value_heads) + ffn
         context = run.context or 0
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
         logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
