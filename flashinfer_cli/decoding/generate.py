@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -99,7 +100,7 @@ class Session:
         self.kv.trim(length)
         del self.ids[length:]
 
-    def _phase(self, name: Literal["prefill", "decode"], tokens: int):  # type: ignore[no-untyped-def]
+    def _phase(self, name: Literal["prefill", "decode"], tokens: int) -> AbstractContextManager[None]:
         self.decoder.rt.feed.store.tick()
         return self.recorder.during(name, tokens)
 
