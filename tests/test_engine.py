@@ -116,6 +116,15 @@ def test_context_bounds(engine: fc.Engine) -> None:
     assert len(events) == 6 and events[-1].finish_reason == "length"
 
 
+def test_the_context_is_what_the_prompt_needs(folder: Path, tmp_path: Path) -> None:
+    for options, context in (({}, 17), ({"context": 30}, 30)):
+        with fc.load(folder, need=lambda tokenizer: len(tokenizer.encode("Once")) + 13, **options) as engine:
+            assert engine.plan.context == context
+    bare, _ = make("llama", 0, tmp_path / "bare")
+    with pytest.raises(TokenizerError):  # before any weight is loaded
+        fc.load(bare, need=lambda tokenizer: 1)
+
+
 @pytest.mark.parametrize("prompt", [[], [5, 128], [-1]])
 def test_bad_ids_are_refused(engine: fc.Engine, prompt: list[int]) -> None:
     with pytest.raises(UsageError):

@@ -86,7 +86,7 @@ def write_bundle(
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 shutil.rmtree(partial_folder(out), ignore_errors=True)
-                raise _full(out, needed, free) from None
+                raise _full(out, needed) from None
             # Anything else may pass (a drive unplugged): what is done stays, for the next run.
             raise StorageError(
                 f"Writing the bundle failed: {error.strerror or error}.",
@@ -217,9 +217,10 @@ def _open_partial(out: Path, journal: Journal, overwrite: bool) -> tuple[Journal
     return journal, fresh
 
 
-def _full(out: Path, needed: int, free: int) -> StorageError:
-    return StorageError(
-        f"The disk of {out.parent} is too full: the bundle needs {format_size(needed)} ({needed} bytes), "
-        f"{format_size(free)} ({free} bytes) were free.",
-        "Make room, or choose a folder on another drive.",
-    )
+def _full(out: Path, needed: int, free: int | None = None) -> StorageError:
+    """The disk has too little room: `free` bytes before the work began, or None where it ran out on the way."""
+    wants = f"the bundle needs {format_size(needed)} ({needed} bytes)"
+    when = f"is too full: {wants}, {format_size(free or 0)} ({free} bytes) were free"
+    if free is None:
+        when = f"became too full while the bundle was being written: {wants} in all"
+    return StorageError(f"The disk of {out.parent} {when}.", "Make room, or choose a folder on another drive.")
