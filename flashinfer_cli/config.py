@@ -48,6 +48,17 @@ class MoeConfig:
     norm_topk_prob: bool = True  # weights of the chosen k sum to one
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False  # sigmoid gate on the shared expert's output (qwen2_moe)
+    num_noop_experts: int = 0  # choices of the router behind the experts that compute nothing (integrated MoDE)
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """Mixture-of-Depths (2404.02258): blocks that a token may skip."""
+
+    layers: tuple[bool, ...]  # by layer: may it be skipped
+    capacity: float  # share of the tokens that compute such a block, as trained
+    decoding: Literal["router", "predictor"]  # who decides causally
+    predictor_size: int  # hidden units of the predictor
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class ModelConfig:
     sliding_layers: tuple[bool, ...] = ()  # by layer: does the window apply; empty: to none
     moe: MoeConfig | None = None
     moe_layers: tuple[bool, ...] = ()  # by layer: experts or one dense FFN; empty: as `moe` says for all
+    mod: DepthConfig | None = None
     dtype: str = "F32"  # the dtype the config names, as a tensor format: F32, F16, BF16
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -100,6 +112,9 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         return self.moe is not None and (not self.moe_layers or self.moe_layers[layer])
+
+    def is_skippable(self, layer: int) -> bool:
+        return self.mod is not None and self.mod.layers[layer]
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         return self.rope_local if self.rope_local is not None and self.is_sliding(layer) else self.rope
@@ -132,7 +147,7 @@ class WeightMap:
     final_norm, final_norm.bias.
     Layer roles: attn_norm, attn_post_norm, ffn_norm, ffn_post_norm (each also with .bias); q, k, v or qkv, and o
     (each also with .bias); q_norm, k_norm (also .bias); up, down (and gate where gated; each also with .bias); router
-    (.bias); experts.<e>.gate|up|down; shared.gate|up|down; shared_gate.
+    (.bias); experts.<e>.gate|up|down; shared.gate|up|down; shared_gate; mod_router; mod_hidden, mod_out (.bias).
     """
 
     model: dict[str, WeightRef]

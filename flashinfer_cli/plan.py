@@ -24,13 +24,16 @@ class Sizes:
     """What a model asks for, in bytes.
 
     `slices` are the spans of all slices in forward order; `always` is what stays in any case (norms, biases, routers);
-    `scratch` gives the working memory of a chunk of so many tokens.
+    `scratch` gives the working memory of a chunk of so many tokens. `seldom` says of each slice whether most tokens do
+    without it, and `demand` is the largest block of such slices.
     """
 
     always: int
     slices: tuple[int, ...]
     kv_per_token: int
     scratch: Callable[[int], int]
+    seldom: tuple[bool, ...] = ()
+    demand: int = 0
     table: int = 0  # an embedding table apart from the head; its rows can be read by token instead
     expert: int = 0  # one slot
     experts_by_layer: tuple[int, ...] = ()  # number of experts of each MoE layer
@@ -47,6 +50,7 @@ class MemoryPlan:
     chunk: int
     pinned: tuple[bool, ...]
     ring_bytes: int
+    demand_bytes: int  # a second ring, for slices that are asked for when a token turns out to need them
     experts_per_layer: int
     transit_experts: int
     table_stays: bool
@@ -82,6 +86,17 @@ def spread(sizes: Sequence[int], room: int) -> tuple[bool, ...]:
     return tuple(chosen)
 
 
+def pin(sizes: Sizes, room: int) -> tuple[bool, ...]:
+    """Which slices stay within `room` bytes: those that every token needs before those that few do."""
+    if not any(sizes.seldom):
+        return spread(sizes.slices, room)
+    often = [0 if seldom else size for size, seldom in zip(sizes.slices, sizes.seldom, strict=True)]
+    rest = [size if seldom else 0 for size, seldom in zip(sizes.slices, sizes.seldom, strict=True)]
+    first = spread(often, min(room, sum(often)))
+    second = spread(rest, max(0, room - sum(often)))
+    return tuple(b if seldom else a for a, b, seldom in zip(first, second, sizes.seldom, strict=True))
+
+
 def make_plan(
     sizes: Sizes,
     *,
@@ -103,10 +118,11 @@ def make_plan(
     all_slices = sum(sizes.slices)
     num_experts = sum(sizes.experts_by_layer)
     kv = sizes.kv_per_token * context
+    demand = min(RING_SLICES * largest, sizes.demand)
     has_experts = num_experts > 0
 
     def fixed(chunk: int) -> int:
-        return process + sizes.always + kv + sizes.scratch(chunk) + RESERVE
+        return process + sizes.always + kv + sizes.scratch(chunk) + RESERVE + demand
 
     # The smallest run that works: everything streams, a short ring, one expert at a time, few tokens at once.
     least_chunk = min(chunk, CHUNK_LEAST)
@@ -143,13 +159,13 @@ def make_plan(
     if always:
         left -= ring
     elif room >= all_slices:
-        pinned, ring = (True,) * len(sizes.slices), 0
+        pinned, ring, demand = (True,) * len(sizes.slices), 0, 0
         left -= all_slices if card is None else 0
     else:
         left -= ring
         more = min(max(0, RING_SLICES * largest - ring), left // 4)
         ring, left = ring + more, left - more
-        pinned = spread(sizes.slices, left if card is None else room)
+        pinned = pin(sizes, left if card is None else room)
         left -= sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p) if card is None else 0
     if has_experts and not always:
         most = max(sizes.experts_by_layer)
@@ -171,7 +187,9 @@ def make_plan(
         PlanPart("process", process, note="interpreter, libraries, tokenizer"),
         PlanPart("always resident", sizes.always, note="norms, biases, routers"),
         PlanPart("pinned weights", kept + sizes.table * table_stays, note=f"{sum(pinned)} of {len(pinned)} slices"),
-        PlanPart("streaming ring", ring, note="read ahead while computing" if ring else "nothing streams through it"),
+        PlanPart(
+            "streaming ring", ring + demand, note="read ahead while computing" if ring else "nothing streams through it"
+        ),
         PlanPart("keys and values", kv, note=f"{context} tokens"),
         PlanPart("scratch", sizes.scratch(chunk), note=f"{chunk} tokens at once"),
         PlanPart("reserve", RESERVE),
@@ -186,6 +204,7 @@ def make_plan(
         chunk=chunk,
         pinned=pinned,
         ring_bytes=ring,
+        demand_bytes=demand,
         experts_per_layer=per_layer,
         transit_experts=transit,
         table_stays=table_stays,

@@ -41,6 +41,8 @@ class PhaseCount:
     read_seconds: float = 0.0
     hits: int = 0
     misses: int = 0
+    skippable: int = 0  # tokens that came to a block they may skip
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,12 @@ class Recorder:
         count.hits += hits
         count.misses += misses
 
+    def skips(self, tokens: int, skipped: int) -> None:
+        """So many tokens came to a block that may be skipped, and so many of them did."""
+        count = self.phases[self.phase]
+        count.skippable += tokens
+        count.skipped += skipped
+
     def bytes_read(self, phase: str) -> int:
         with self._lock:
             return sum(count.bytes for (name, _), count in self.reads.items() if name == phase)
@@ -158,6 +166,7 @@ class PhaseReport:
     overlap: float  # share of the reading time that did not stall the computation
     hits: int
     misses: int
+    skipped: float | None = None  # share of a token's visits to Mixture-of-Depths blocks that computed nothing
 
     @property
     def hit_ratio(self) -> float | None:
@@ -214,6 +223,8 @@ class RunReport:
             parts.append(f"{rate.read_bytes_per_second / 1e9:.2f} GB/s")
         if decode.hit_ratio is not None:
             parts.append(f"hits {decode.hit_ratio:.0%}")
+        if decode.skipped is not None:
+            parts.append(f"skipped {decode.skipped:.0%} of block visits")
         parts.append(f"peak {format_size(self.peak)} of {format_size(self.budget)}")
         parts.append(self.exactness)
         return " · ".join(parts)
@@ -240,6 +251,7 @@ def phase_report(recorder: Recorder, phase: PhaseName) -> PhaseReport:
         overlap=max(0.0, 1 - count.wait_seconds / count.read_seconds) if count.read_seconds else 0.0,
         hits=count.hits,
         misses=count.misses,
+        skipped=count.skipped / count.skippable if count.skippable else None,
     )
 
 

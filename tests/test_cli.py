@@ -246,7 +246,7 @@ def test_a_silent_pipe_is_named(monkeypatch):
         (["generate", "-m", "crash", "-p", "a"], 1, "ZeroDivisionError: division by zero"),
         (["generate", "-m", "x", "-p", "a", "--raw", "--system", "s"], 2, "exclude each other"),
         (["generate", "-m", "base", "-p", "a", "--system", "s"], 2, "needs a chat template"),
-        (["generate", "-p", "a"], 2, "--model"),
+        (["chat"], 2, "--model"),
         (["generate", "-m", "x", "-p", "a", "--top-p", "7"], 2, "--top-p is 7"),
         (["generate", "-m", "x", "-p", "a", "--stream", "often"], 2, "often"),
         (["generate", "-m", "x", "-p", "a", "--context", "0"], 2, "--context is 0"),

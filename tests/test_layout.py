@@ -21,6 +21,7 @@ COMMANDS = ("generate", "chat", "inspect", "plan", "bundle", "profile", "evaluat
 LAYERS = (
     ("errors",),
     ("config",),
+    ("zoo",),
     ("device", "report", "chat_template", "tokenizer_pre", "tokenizer_stream", "tokenizer_folder", "tokenizer_gguf"),
     ("checkpoint",),
     ("kernels", "tokenizer"),  # both read the format tables and metadata of a checkpoint
@@ -34,7 +35,6 @@ LAYERS = (
     ("engine",),
     ("training",),
     ("apps",),
-    ("zoo",),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -18,7 +18,7 @@ def part_of(role: str) -> str:
         return "head"
     if role.startswith("experts."):
         return "experts"
-    if role.startswith(("router", "shared_gate")):
+    if role.startswith(("router", "shared_gate", "mod_")):
         return "routers"
     if "norm" in role:
         return "norms"

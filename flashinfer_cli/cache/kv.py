@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+
 import torch
 
 from ..config import ModelConfig
@@ -10,13 +13,19 @@ from ..errors import ContextError
 
 class KVCache:
     """Per layer float32 [num_key_value_heads, capacity, head_dim], filled up to `length`. `trim` rewinds
-    (speculation)."""
+    (speculation).
+
+    A layer that tokens may skip holds those that did not, and their positions in the sequence.
+    """
 
     def __init__(self, config: ModelConfig, capacity: int, device: str, dtype: torch.dtype = torch.float32) -> None:
         self.capacity = capacity
         self.length = 0
         shape = (config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self._positions: dict[int, list[int]] = {
+            layer: [] for layer in range(config.num_hidden_layers) if config.is_skippable(layer)
+        }
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     @property
@@ -31,14 +40,24 @@ class KVCache:
                 f"Shorten the prompt or the answer, or give --context {self.length + tokens}.",
             )
 
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [kv_heads, T, head_dim] behind `length` and return all keys and values so far, as views.
+    def held(self, layer: int) -> int:
+        """How many tokens the layer has keys and values of."""
+        return len(self._positions[layer]) if layer in self._positions else self.length
 
-        `length` moves only when every layer has written (`advance`).
+    def append(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [kv_heads, T, head_dim] behind what the layer holds and return all of its keys and values, as views.
+
+        `positions` are those of the T tokens where the layer may be skipped. `length` moves only when every layer has
+        had its turn (`advance`).
         """
-        end = self.length + keys.shape[1]
-        self.keys[layer][:, self.length : end] = keys
-        self.values[layer][:, self.length : end] = values
+        start = self.held(layer)
+        if positions is not None:
+            self._positions[layer] += positions
+        end = start + keys.shape[1]
+        self.keys[layer][:, start:end] = keys
+        self.values[layer][:, start:end] = values
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
     def advance(self, tokens: int) -> None:
@@ -48,3 +67,5 @@ class KVCache:
         """Forget everything from position `length` on."""
         assert 0 <= length <= self.length
         self.length = length
+        for positions in self._positions.values():
+            del positions[bisect_left(positions, length) :]

@@ -38,8 +38,9 @@ class Slice:
 class Ring:
     """A circular buffer that scheduled slices pass through, first in, first out, read ahead as far as there is room."""
 
-    def __init__(self, store: FlashStore, nbytes: int) -> None:
+    def __init__(self, store: FlashStore, nbytes: int, *, urgent: bool = False) -> None:
         self.store = store
+        self.urgent = urgent  # its reads go before those of what is only read ahead
         self.nbytes = nbytes // ALIGN * ALIGN
         self.buffer = allocate(self.nbytes)
         self._planned: deque[Slice] = deque()
@@ -103,7 +104,7 @@ class Ring:
                 assert self._live, "a slice larger than the ring"
                 return
             self._planned.popleft()
-            ticket = self.store.read(slice_.span, self.buffer, place, "slice")
+            ticket = self.store.read(slice_.span, self.buffer, place, "slice", urgent=self.urgent)
             self._live.append((slice_, place, ticket))
             self._head = place + slice_.span.nbytes
 
@@ -120,9 +121,11 @@ class Feed:
         self.device = device
         self.recorder = recorder
         self.ring: Ring | None = None
+        self.demand_ring: Ring | None = None
         self.pinned_bytes = 0
         self.progress: Callable[[int, int], None] | None = None  # bytes pinned, of how many
         self._passes: deque[tuple[Slice, ...]] = deque()
+        self._demanded: set[Slice] = set()
 
     def pin(self, slices: Sequence[Slice]) -> None:
         """Bring slices in for good."""
@@ -154,9 +157,18 @@ class Feed:
             if self.progress is not None:
                 self.progress(self.pinned_bytes, total)
 
-    def open_ring(self, nbytes: int) -> None:
-        """Make the ring that streamed slices pass through; 0 where nothing streams."""
+    def open_ring(self, nbytes: int, demand: int = 0) -> None:
+        """Make the ring that scheduled slices pass through, and the one for slices on demand; 0 where none do."""
         self.ring = Ring(self.store, nbytes) if nbytes else None
+        self.demand_ring = Ring(self.store, demand, urgent=True) if demand else None
+
+    def demand(self, slices: Sequence[Slice]) -> None:
+        """Ask now for slices that no pass announced: a block that this token does not skip. They are used in order."""
+        streamed = [s for s in slices if s.home is None]
+        if streamed:
+            assert self.demand_ring is not None
+            self._demanded.update(streamed)
+            self.demand_ring.schedule(streamed)
 
     def begin(self, streamed: tuple[Slice, ...], following: Sequence[tuple[Slice, ...]] = ()) -> None:
         """Announce the pass that starts now and those that will follow: the slices of each that are not pinned, in
@@ -175,9 +187,11 @@ class Feed:
 
     def end(self) -> None:
         """No pass follows: stop reading ahead."""
-        if self.ring is not None:
-            self.ring.cancel()
+        for ring in (self.ring, self.demand_ring):
+            if ring is not None:
+                ring.cancel()
         self._passes.clear()
+        self._demanded.clear()
 
     @contextmanager
     def use(self, slice_: Slice) -> Iterator[torch.Tensor]:
@@ -186,8 +200,10 @@ class Feed:
             self.recorder.cache(1, 0)
             yield slice_.home
             return
-        assert self.ring is not None
-        data, ticket = self.ring.take(slice_)
+        ring = self.demand_ring if slice_ in self._demanded else self.ring
+        assert ring is not None
+        self._demanded.discard(slice_)
+        data, ticket = ring.take(slice_)
         self.recorder.cache(0, 1)
         if not ticket.ready:
             with self.recorder.waiting():
@@ -197,4 +213,4 @@ class Feed:
         try:
             yield self.device.put(torch.from_numpy(data))
         finally:
-            self.ring.release()
+            ring.release()

@@ -1,4 +1,5 @@
-"""Where a model is: a path on this machine, or org/name on the Hugging Face hub, fetched into the hub's own cache."""
+"""Where a model is: in our zoo, a path on this machine, or org/name on the Hugging Face hub, fetched into its own
+cache."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .. import zoo
 from ..errors import CheckpointNotFoundError, GenaiRunError, StorageError, UsageError, nearest
 from .gguf import split_name
 
@@ -20,15 +22,17 @@ _LEFT_OUT = ("*/*", "consolidated*.safetensors", "adapter_*")
 
 
 def resolve(model: str, revision: str | None = None, *, quiet: bool = True) -> Path:
-    """The path of `model`: itself where it exists, else what the hub has under `org/name`, fetched if need be.
+    """The path of `model`: `zoo:NAME`, itself where it exists, else what the hub has under `org/name`.
 
-    `org/name` takes safetensors, JSON and tokenizer files; `org/name:FILE.gguf` (or `org/name/FILE.gguf`) takes that
-    file, all parts of it. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN work as everywhere; `quiet` turns the hub's bars off.
-    Raises CheckpointNotFoundError with a hint where there is no such model or it cannot be had, StorageError on a full
+    Of `org/name` safetensors, JSON and tokenizer files are fetched; `org/name:FILE.gguf` (or `org/name/FILE.gguf`)
+    takes that file, all parts of it. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN work as everywhere; `quiet` turns the hub's
+    bars off. Raises CheckpointNotFoundError with a hint where there is no such model or it cannot be had, StorageError on a full
     disk.
     """
     if not model.strip():
         raise UsageError("The model's name is empty.", "Give a folder, a .gguf file, a bundle, or org/name.")
+    if model.startswith(zoo.PREFIX):
+        return zoo.path_of(model)
     path = Path(model).expanduser()
     try:
         if path.exists():

@@ -6,16 +6,16 @@ import typer
 
 from ..errors import UsageError
 from .console import Console
-from .options import Json, Model, PromptOptions, Quiet, RunOptions, SamplingOptions, Stats
+from .options import Json, OptionalModel, PromptOptions, Quiet, RunOptions, SamplingOptions, Stats
 from .prompts import gather, required
-from .running import INTERRUPTED, Answer, as_json, finish, need_of, opened, prompt_ids, reading
+from .running import INTERRUPTED, Answer, as_json, finish, named, need_of, opened, prompt_ids, reading
 
 
 def generate(
-    model: Model,
     prompt: PromptOptions,
     sampling: SamplingOptions,
     run: RunOptions,
+    model: OptionalModel = None,
     json: Json = False,
     quiet: Quiet = False,
     stats: Stats = False,
@@ -23,7 +23,7 @@ def generate(
     """Answer a prompt, or continue a text.
 
     The answer streams to stdout and nothing else does; progress and figures go to stderr. A model that has a chat
-    template is asked through it, unless --raw.
+    template is asked through it, unless --raw. Without --model, the small story teller that comes along answers.
 
     [dim]genai-run generate -m MODEL -p "Why is the sky blue?" --memory 2GiB[/dim]
 
@@ -36,7 +36,7 @@ def generate(
     text = required(gather(prompt.prompt, prompt.file, console.note), "Give one with -p TEXT, -f FILE or on stdin.")
     answer = Answer()
 
-    with opened(model, run, console, need_of(text, prompt, params)) as engine:
+    with opened(named(model, console), run, console, need_of(text, prompt, params)) as engine:
         ids = prompt_ids(engine.tokenizer, text, prompt)
         events = engine.generate(ids, params, progress=reading(console))
         answer.take(events, None if json else console)

@@ -15,9 +15,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from ..config import DEFAULT_CONTEXT, RunConfig, SamplingParams
+from ..zoo import DEFAULT as ZOO_DEFAULT
+from ..zoo import PREFIX
 
 MODEL, PROMPT, SAMPLING, MEMORY, OUTPUT = "Model", "Prompt", "Sampling", "Memory & device", "Output"
 _OFFERS = SamplingParams().resolved()  # what holds when neither a flag nor the model says anything
+
+A_MODEL = "A Hugging Face folder, a .gguf file, a bundle, zoo:NAME, or org/name on the hub."
 
 Model = Annotated[
     str,
@@ -26,11 +30,23 @@ Model = Annotated[
         "--model",
         metavar="MODEL",
         rich_help_panel=MODEL,
-        help="A Hugging Face folder, a .gguf file, a bundle, or org/name on the hub.",
+        help=A_MODEL,
+    ),
+]
+OptionalModel = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        rich_help_panel=MODEL,
+        help=A_MODEL,
+        show_default=f"{PREFIX}{ZOO_DEFAULT}",
     ),
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf file, a bundle, or org/name on the hub.")
+    str,
+    typer.Argument(metavar="MODEL", help=A_MODEL),
 ]
 Revision = Annotated[
     str | None,

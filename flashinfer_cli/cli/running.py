@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import zoo
 from ..config import DEFAULT_MAX_TOKENS, SamplingParams
 from ..errors import UsageError
 from .console import Console
@@ -51,6 +52,15 @@ class Answer:
     @property
     def interrupted(self) -> bool:
         return self.finish_reason == "interrupted"
+
+
+def named(model: str | None, console: Console) -> str:
+    """The model to run: the one given, else the zoo's default, which is said."""
+    if model is not None:
+        return model
+    found = f"{zoo.PREFIX}{zoo.DEFAULT}"
+    console.note(f"no --model: running {found}, the small story teller that comes along")
+    return found
 
 
 @contextmanager

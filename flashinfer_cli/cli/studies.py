@@ -17,8 +17,8 @@ from .options import (
     PROMPT,
     File,
     Json,
-    Model,
     ModelArgument,
+    OptionalModel,
     PromptOptions,
     Quiet,
     Revision,
@@ -27,7 +27,7 @@ from .options import (
 )
 from .prompts import gather, required
 from .report_tables import report_tables
-from .running import as_json, check_writable, compile_kernels, need_of, opened, prompt_ids, write_file
+from .running import as_json, check_writable, compile_kernels, named, need_of, opened, prompt_ids, write_file
 from .tables import Table, evaluation_table, inspect_tables, plan_dict, plan_tables
 
 PROFILE_PROMPT = "Once upon a time, in a small house by the sea, there lived"
@@ -48,7 +48,7 @@ def inspect(model: ModelArgument, revision: Revision = None, json: Json = False)
         console.show(inspect_tables(found))
 
 
-def plan(model: Model, run: RunOptions, json: Json = False) -> None:
+def plan(run: RunOptions, model: OptionalModel = None, json: Json = False) -> None:
     """Show the memory plan for a budget, without running.
 
     Fails, naming the least that would do, when the model cannot run in that budget.
@@ -57,7 +57,7 @@ def plan(model: Model, run: RunOptions, json: Json = False) -> None:
     config = run.config()
     from ..apps.planning import plan_only
 
-    made = plan_only(model, config)
+    made = plan_only(named(model, console), config)
     if json:
         console.answer(as_json(plan_dict(made)))
     else:
@@ -65,10 +65,10 @@ def plan(model: Model, run: RunOptions, json: Json = False) -> None:
 
 
 def profile(
-    model: Model,
     prompt: PromptOptions,
     sampling: SamplingOptions,
     run: RunOptions,
+    model: OptionalModel = None,
     json: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", rich_help_panel=OUTPUT, help="Write the report as JSON; - is stdout."),
@@ -89,7 +89,7 @@ def profile(
     check_writable(json, html)
     given = gather(prompt.prompt, prompt.file, console.note)
     text = PROFILE_PROMPT if given is None else given
-    with opened(model, run, console, need_of(text, prompt, params)) as engine:
+    with opened(named(model, console), run, console, need_of(text, prompt, params)) as engine:
         from ..apps.profile import profile as measure
 
         asked = prompt_ids(engine.tokenizer, text, prompt)
@@ -112,8 +112,8 @@ def profile(
 
 
 def evaluate(
-    model: Model,
     run: RunOptions,
+    model: OptionalModel = None,
     file: File = None,
     text: Annotated[
         str | None, typer.Option("-p", "--prompt", metavar="TEXT", rich_help_panel=PROMPT, help="The text itself.")
@@ -142,7 +142,9 @@ def evaluate(
     compile_kernels(run, console)
     from ..apps.evaluate import evaluate as measure
 
-    found = measure(model, given, config, against=against, max_tokens=max_tokens, progress=console.progress)
+    found = measure(
+        named(model, console), given, config, against=against, max_tokens=max_tokens, progress=console.progress
+    )
     console.clear()
     if json:
         console.answer(as_json(found))

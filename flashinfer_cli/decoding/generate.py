@@ -116,6 +116,7 @@ class Session:
                 self.device.synchronize()
         except BaseException:  # whatever stopped the pass, what was read ahead for it is of no use
             self.decoder.rt.feed.end()
+            self.kv.trim(self.kv.length)
             raise
         self.ids += part
         return out

@@ -76,8 +76,14 @@ class Attention:
     k_norm: Norm | None
     norm_all_heads: bool  # over [heads * hd] at once, as OLMoE, rather than over each head
 
-    def __call__(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime) -> torch.Tensor:
-        """x [T, d] at positions kv.length.. -> [T, d]. `rope_length` is the length that stretches the rotation."""
+    def __call__(
+        self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, d] at `positions`, or at kv.length.. where none are given -> [T, d].
+
+        `rope_length` is the length that stretches the rotation. Given positions are those of a layer that the tokens
+        between them skipped.
+        """
         tokens = x.shape[0]
         q, k, v = self._project(x, rt)
         with rt.recorder.computing():
@@ -90,13 +96,15 @@ class Attention:
                 q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
             start, rope = kv.length, self.rope
             if rope is not None:
-                positions = torch.arange(start, start + tokens, device=x.device)
-                cos, sin = rope.cos_sin(positions, rope_length)
+                here = torch.arange(start, start + tokens, device=x.device) if positions is None else positions
+                cos, sin = rope.cos_sin(here, rope_length)
                 q = rope.apply(q, cos, sin)
                 # Where the rotation changes with the length, keys are kept unrotated and turned when used.
                 k = k if rope.varies else rope.apply(k, cos, sin)
-            keys, values = kv.append(self.layer, k.transpose(0, 1), v.transpose(0, 1))
+            skipped = None if positions is None else positions.tolist()
+            keys, values = kv.append(self.layer, k.transpose(0, 1), v.transpose(0, 1), skipped)
             if rope is not None and rope.varies:
+                assert positions is None
                 cos, sin = rope.cos_sin(torch.arange(start + tokens, device=x.device), rope_length)
                 keys = rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
             mixed = attend(q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap)

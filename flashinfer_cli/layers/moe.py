@@ -63,6 +63,9 @@ class MoeFfn:
             weights, chosen = route(logits, self.moe)
             by_rank = x.new_empty(*chosen.shape, x.shape[-1])
             needed = torch.unique(chosen).tolist()
+            if self.moe.num_noop_experts:  # those behind the experts ask for nothing and add nothing
+                needed = [e for e in needed if e < self.moe.num_experts]
+                by_rank.zero_()
         for expert, pieces in self.cache.fetch(self.layer, needed):
             with rt.recorder.computing():
                 token, rank = (chosen == expert).nonzero(as_tuple=True)

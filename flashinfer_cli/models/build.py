@@ -14,6 +14,7 @@ from ..layers.attention import Attention
 from ..layers.embedding import Embedding
 from ..layers.ffn import DenseFfn, RecordFfn
 from ..layers.linear import Linear, Runtime
+from ..layers.mod import Predictor, TokenRouter
 from ..layers.moe import MoeFfn
 from ..layers.norm import Norm
 from ..layers.rope import Rope
@@ -136,6 +137,19 @@ class Builder:
         assert up is not None and down is not None
         return DenseFfn(matrix("gate"), up, down, self.config.hidden_act)
 
+    def _depth(self, index: int) -> TokenRouter | None:
+        mod = self.config.mod
+        if mod is None or not mod.layers[index]:
+            return None
+
+        def get(role: str) -> torch.Tensor:
+            found = self._get(index, role)
+            assert found is not None
+            return found
+
+        predictor = Predictor(get("mod_hidden"), get("mod_hidden.bias"), get("mod_out"), get("mod_out.bias"))
+        return TokenRouter(get("mod_router"), predictor if mod.decoding == "predictor" else None)
+
     def _block(self, index: int, layer: LayerLayout) -> Block:
         attn_norm = self._norm(index, "attn_norm")
         assert attn_norm is not None
@@ -148,6 +162,8 @@ class Builder:
             ffn_post_norm=self._norm(index, "ffn_post_norm"),
             parallel=self.config.parallel_block,
             norm_first=self.config.norm_first,
+            depth=self._depth(index),
+            slices=tuple(layer.slices) if layer.on_demand else (),
         )
 
     def build(self) -> Decoder:
@@ -159,7 +175,7 @@ class Builder:
         if plan.table_stays and not layout.tied:
             pinned += layout.embed.slices
         rt.feed.pin(pinned)
-        rt.feed.open_ring(plan.ring_bytes)
+        rt.feed.open_ring(plan.ring_bytes, plan.demand_bytes)
         extents = {i: layer.expert_extents for i, layer in enumerate(layout.layers) if layer.expert_extents}
         if extents:
             self.experts = ExpertCache(
@@ -185,5 +201,5 @@ class Builder:
             project_out=projections.get("project_out"),
             final_norm=self._norm(-1, "final_norm") if config.final_norm else None,
             head=self._linear(-1, "head", layout.head),
-            body=body,
+            body=[s for s, on_demand in zip(body, layout.on_demand, strict=True) if not on_demand],
         )

@@ -16,6 +16,7 @@ from ..layers.attention import Attention
 from ..layers.embedding import Embedding
 from ..layers.ffn import DenseFfn, RecordFfn
 from ..layers.linear import Linear, Runtime
+from ..layers.mod import TokenRouter
 from ..layers.moe import MoeFfn
 from ..layers.norm import Norm
 
@@ -32,9 +33,13 @@ class Block:
     ffn_post_norm: Norm | None
     parallel: bool
     norm_first: bool
+    depth: TokenRouter | None = None  # who may skip the block; None: nobody
+    slices: tuple[Slice, ...] = ()  # of a block that may be skipped, in the order of use
 
     def __call__(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime) -> torch.Tensor:
         """x float32 [T, d] -> [T, d]."""
+        if self.depth is not None:
+            return self._some(x, kv, rope_length, rt, self.depth)
         if not self.norm_first:  # opt-350m: the norm comes after the residual
             assert self.ffn_norm is not None
             x = self.attn_norm(x + self.attention(x, kv, rope_length, rt))
@@ -48,6 +53,23 @@ class Block:
         assert self.ffn_norm is not None
         f = self.ffn(self.ffn_norm(x), rt)
         return x + (f if self.ffn_post_norm is None else self.ffn_post_norm(f))
+
+    def _some(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, depth: TokenRouter) -> torch.Tensor:
+        """x' = r f(x) + x for the tokens that the router keeps (2404.02258), x itself for the others.
+
+        Where it keeps none nothing is computed, no key is written and no byte is asked for.
+        """
+        with rt.recorder.computing():
+            weights, kept = depth(x)
+        rt.recorder.skips(len(x), len(x) - len(kept))
+        if not len(kept):
+            return x
+        rt.feed.demand(self.slices)
+        taken = x[kept]
+        update = self.attention(self.attn_norm(taken), kv, rope_length, rt, kv.length + kept)
+        assert self.ffn_norm is not None
+        update = update + self.ffn(self.ffn_norm(taken + update), rt)
+        return x.index_add(0, kept, update * weights[kept, None])
 
 
 class Decoder:

@@ -44,8 +44,9 @@ class Family:
     window: Literal["none", "all", "upper", "lower_alternate", "pattern"] = "none"
     window_flag: str | None = None  # the config's key that switches the window on
 
-    experts: Literal["none", "all", "sparse_step"] = "none"  # which layers have experts
+    experts: Literal["none", "all", "sparse_step", "optional"] = "none"  # which layers have experts
     shared_expert: bool = False
+    depth: bool = False  # blocks that tokens may skip (2404.02258)
 
     model_names: Names = field(default_factory=lambda: MODEL)
     layer_names: Names = field(default_factory=lambda: LAYER)
@@ -259,6 +260,16 @@ _ROWS = (
         words={"moe_intermediate_size": "intermediate_size"},
         qk_norm="full",
         experts="all",
+    ),
+    _row(  # our own: what `genai-run train stories-mod` writes
+        _LLAMA,
+        "mixture_of_depths",
+        defaults={"rms_norm_eps": 1e-5, "num_local_experts": 0, "num_experts_per_tok": 2, "num_noop_experts": 0,
+                  "norm_topk_prob": True, "mod_capacity": 0.0, "mod_interval": 2, "mod_decoding": "router",
+                  "mod_predictor_size": 64},
+        words={"num_experts": "num_local_experts"},
+        experts="optional",
+        depth=True,
     ),
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import ModelConfig, MoeConfig
+from ..config import DepthConfig, ModelConfig, MoeConfig
 from ..errors import CorruptCheckpointError, UnsupportedModelError, nearest
 from .families import FAMILIES, WRAPPERS, Family
 from .rope_config import FULL, SLIDING, number, parse_rope
@@ -134,6 +134,8 @@ def _window(family: Family, read: _Reader, layers: int) -> tuple[int | None, tup
 def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | None, tuple[bool, ...]]:
     if family.experts == "none":
         return None, ()
+    if family.experts == "optional" and not read.get("num_experts"):
+        return None, ()
     sparse = [True] * layers
     if family.experts == "sparse_step":
         step, dense = read.size("decoder_sparse_step", default=1), read.get("mlp_only_layers") or []
@@ -144,7 +146,8 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
             return None, ()
     experts = read.size("num_experts", "num_experts", "num_local_experts")
     chosen = read.size("num_experts_per_tok")
-    if chosen > experts:
+    noops = read.size("num_noop_experts") if read.get("num_noop_experts") else 0
+    if chosen > experts + noops:
         raise CorruptCheckpointError(f"The config's 'num_experts_per_tok' {chosen} is more than its {experts} experts.")
     moe = MoeConfig(
         num_experts=experts,
@@ -153,8 +156,24 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         norm_topk_prob=family.model_type == "mixtral" or read.flag("norm_topk_prob"),
         shared_expert_intermediate_size=read.size("shared_expert_intermediate_size") if family.shared_expert else 0,
         shared_expert_gate=family.shared_expert,
+        num_noop_experts=noops,
     )
     return moe, () if all(sparse) else tuple(sparse)
+
+
+def _depth(family: Family, read: _Reader, layers: int) -> DepthConfig | None:
+    """Which blocks may be skipped: every `mod_interval`-th, so that the first never is."""
+    capacity = read.optional("mod_capacity") if family.depth and read.get("mod_capacity") else None
+    if capacity is None:
+        return None
+    interval, decoding = read.size("mod_interval"), read.get("mod_decoding")
+    if decoding not in ("router", "predictor") or capacity > 1:
+        raise CorruptCheckpointError(
+            f"The config's 'mod_decoding' {decoding!r} or 'mod_capacity' {capacity!r} cannot be: "
+            "router or predictor, and a share of the tokens."
+        )
+    which = tuple((i + 1) % interval == 0 for i in range(layers))
+    return DepthConfig(which, capacity, decoding, read.size("mod_predictor_size"))
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
@@ -215,6 +234,9 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     rope, rope_local = parse_rope(family, config, head_dim)
     window, sliding = _window(family, read, layers)
     moe, moe_layers = _experts(family, read, layers)
+    mod = _depth(family, read, layers)
+    if mod is not None and rope is not None and rope.rope_type in ("dynamic", "longrope"):
+        raise UnsupportedModelError(f"Blocks that tokens skip cannot keep keys for the RoPE type '{rope.rope_type}'.")
     falcon, opt = family.model_type == "falcon", family.model_type == "opt"
     new_falcon = falcon and read.flag("new_decoder_architecture")
     parallel = family.parallel_block or new_falcon or (falcon and read.flag("parallel_attn"))
@@ -263,6 +285,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         sliding_layers=sliding,
         moe=moe,
         moe_layers=moe_layers,
+        mod=mod,
         dtype=_DTYPES.get(dtype, "F32"),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_token_ids(read.get("eos_token_id"), "eos_token_id"),

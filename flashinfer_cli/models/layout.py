@@ -19,7 +19,8 @@ from ..layers.moe import ExpertLayout, ExpertPart
 from ..plan import Sizes
 from ..store.flash import span_of
 
-ALWAYS = ("router", "shared_gate", "positions")  # small matrices that stay, as float32
+# Small matrices that stay, as float32.
+ALWAYS = ("router", "shared_gate", "positions", "mod_router", "mod_hidden", "mod_out")
 ATTENTION = ("q", "k", "v", "qkv", "o")
 DENSE = ("gate", "up", "down")
 SHARED = ("shared.gate", "shared.up", "shared.down")
@@ -48,6 +49,7 @@ class LayerLayout:
     record_parts: tuple[RowSlice, ...] = ()
     expert_extents: list[tuple[Extent, ...]] = field(default_factory=list)
     expert_layouts: list[ExpertLayout] = field(default_factory=list)
+    on_demand: bool = False  # a block that tokens may skip: its slices are asked for once one does not
 
     @property
     def slices(self) -> list[Slice]:
@@ -82,6 +84,14 @@ class ModelLayout:
         last = self.model["project_out"].slices if "project_out" in self.model else []
         return [*first, *(s for layer in self.layers for s in layer.slices), *last]
 
+    @property
+    def on_demand(self) -> list[bool]:
+        """Of each slice of `body`: is it asked for only when a token does not skip its block."""
+        first = len(self.model["project_in"].parts) if "project_in" in self.model else 0
+        last = len(self.model["project_out"].parts) if "project_out" in self.model else 0
+        inner = [layer.on_demand for layer in self.layers for _ in layer.slices]
+        return [False] * first + inner + [False] * last
+
 
 def lay_out(checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap) -> ModelLayout:
     """Cut a model into slices. Reads nothing."""
@@ -104,7 +114,7 @@ def lay_out(checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap) -> 
 
     layers = []
     for index, roles in enumerate(weights.layers):
-        layer = LayerLayout()
+        layer = LayerLayout(on_demand=config.is_skippable(index))
         for role, ref in roles.items():
             if stays(role):
                 always[index, role] = ref
@@ -187,6 +197,8 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
         kv_per_token=config.kv_bytes_per_token,
         scratch=scratch,
         expert=max((span_of(e).nbytes for extents in experts for e in extents), default=0),
+        seldom=(*layout.on_demand, *(False for _ in layout.head.slices)),
+        demand=max((sum(s.span.nbytes for s in layer.slices) for layer in layout.layers if layer.on_demand), default=0),
         experts_by_layer=tuple(len(extents) for extents in experts),
         experts_per_tok=moe.num_experts_per_tok if moe else 0,
     )

@@ -44,6 +44,9 @@ LAYER = renamed(
     shared__up="mlp.shared_expert.up_proj",
     shared__down="mlp.shared_expert.down_proj",
     shared_gate="mlp.shared_expert_gate",
+    mod_router="mod_router",
+    mod_hidden="mod_predictor.fc1",
+    mod_out="mod_predictor.fc2",
 )
 POST_NORM_LAYER = renamed(
     LAYER,

@@ -134,6 +134,13 @@ class _Layer:
             self.add("q_norm", q if full else hd)
             self.add("k_norm", kv if full else hd)
 
+    def depth_router(self) -> None:
+        assert self.config.mod is not None
+        d, hidden = self.config.hidden_size, self.config.mod.predictor_size
+        self.add("mod_router", 1, d)
+        self.add("mod_hidden", hidden, d)
+        self.add("mod_out", 1, hidden)
+
     def dense_ffn(self) -> None:
         d, ff = self.config.hidden_size, self.config.intermediate_size
         fused = self.table.find(self.named("gate_up")) if self.config.gated else None
@@ -150,7 +157,7 @@ class _Layer:
         moe = self.config.moe
         assert moe is not None
         d, ff, count = self.config.hidden_size, moe.moe_intermediate_size, moe.num_experts
-        self.add("router", count, d)
+        self.add("router", count + moe.num_noop_experts, d)
         shapes = {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}
         fused = self.table.find(self.named("all_experts.gate_up"))
         if fused is not None:
@@ -240,6 +247,8 @@ def weight_map(
         layer = _Layer(table, config, layer_names, prefix + block.format(i=i))
         layer.norms()
         layer.attention()
+        if config.is_skippable(i):
+            layer.depth_router()
         if config.is_moe(i):
             layer.experts()
         else:

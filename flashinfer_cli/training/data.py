@@ -1,4 +1,4 @@
-"""Text files to token windows: documents, those held out, the tokenizer, and batches that a step's number determines."""
+"""Text files to token windows: documents, those held out, the tokenizer, and the batch of every step."""
 
 from __future__ import annotations
 

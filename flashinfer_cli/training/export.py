@@ -35,6 +35,7 @@ def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
 def write_folder(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
     """Write config, tokenizer, generation config, and last the weights, under a temporary name first."""
     end = tokenizer.token_to_id(END)
+    assert end is not None
     config = model.shape.to_config(end)
     context = model.shape.max_position_embeddings
     tokenizer_config = {

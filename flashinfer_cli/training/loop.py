@@ -165,9 +165,7 @@ class Training:
                 break
         return held_out_nats(self.model, windows)[0] / sum(w[:, 1:].numel() for w in windows)
 
-    def run(
-        self, report: Report, *, stop: Callable[[], bool] = lambda: False, save_every: int = SAVE_EVERY
-    ) -> bool:
+    def run(self, report: Report, *, stop: Callable[[], bool] = lambda: False, save_every: int = SAVE_EVERY) -> bool:
         """Train to the recipe's last step, or until `stop()`; tells whether the last step is done. Saves either way."""
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         report(self.step, self.recipe.steps, {})
