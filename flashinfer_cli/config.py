@@ -170,7 +170,9 @@ class RunConfig:
     direct_io: Literal["auto", "never"] = "auto"
     prefill_chunk: int = 512  # most tokens of a prompt that go through the layers at once
     logit_rows: int = 1  # rows of logits held at once: one to generate, more to evaluate
-    kernels: Literal["auto", "reference"] = "auto"  # reference: the plain torch twins, for tests and comparison
+    # compiled: made now if need be; reference: the plain torch twins; auto: compiled, unless they are still to be made
+    # and the model is too small to be worth it.
+    kernels: Literal["auto", "compiled", "reference"] = "auto"
     revision: str | None = None  # of an org/name on the hub
 
     def __post_init__(self) -> None:
@@ -184,6 +186,7 @@ class RunConfig:
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
+SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
 # ------------------------------------------------------------------ sampling

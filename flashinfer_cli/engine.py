@@ -14,12 +14,12 @@ from . import device as devices
 from .cache.kv import KVCache
 from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
-from .config import DEFAULT_CONTEXT, ModelConfig, RunConfig, SamplingParams
+from .config import DEFAULT_CONTEXT, SMALL_MODEL, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
 from .kernels import select
-from .kernels.warm import ensure_compiled
+from .kernels.warm import ensure_compiled, is_compiled
 from .layers.linear import Runtime
 from .models.build import Builder
 from .models.layout import ModelLayout, lay_out, sizes_of
@@ -289,6 +289,9 @@ def load(
     if unknown is not None:
         raise UsageError(f"Unknown option '{unknown}'.", f"Options are {', '.join(sorted(known))}.")
     run = RunConfig(**run_options)
-    if run.kernels == "auto":
+    opened = open_model(model, revision=run.revision)
+    if run.kernels == "auto" and opened.weight_bytes < SMALL_MODEL and not is_compiled():
+        run = replace(run, kernels="reference")
+    if run.kernels != "reference":
         ensure_compiled(notify)
-    return Engine(open_model(model, revision=run.revision), run, need=need, notify=notify, progress=progress)
+    return Engine(opened, run, need=need, notify=notify, progress=progress)

@@ -26,7 +26,7 @@ def resolve(model: str, revision: str | None = None, *, quiet: bool = True) -> P
 
     Of `org/name` safetensors, JSON and tokenizer files are fetched; `org/name:FILE.gguf` (or `org/name/FILE.gguf`)
     takes that file, all parts of it. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN work as everywhere; `quiet` turns the hub's
-    bars off. Raises CheckpointNotFoundError with a hint where there is no such model or it cannot be had, StorageError on a full
+    bars off. Raises CheckpointNotFoundError with a hint where there is no such model, StorageError on a full
     disk.
     """
     if not model.strip():

@@ -121,11 +121,12 @@ class RunOptions:
         ),
     ] = RunConfig.threads
     kernels: Annotated[
-        Literal["auto", "reference"],
+        Literal["auto", "compiled", "reference"],
         typer.Option(
             "--kernels",
             rich_help_panel=MEMORY,
-            help="auto takes the fastest for the device; reference the plain torch ones.",
+            help="auto takes the fastest for the device; compiled also for a small model that ran without so far; "
+            "reference the plain torch ones.",
         ),
     ] = RunConfig.kernels
     revision: Revision = RunConfig.revision

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import zoo
-from ..config import DEFAULT_MAX_TOKENS, SamplingParams
+from ..config import DEFAULT_MAX_TOKENS, SMALL_MODEL, SamplingParams
 from ..errors import UsageError
 from .console import Console
 from .options import PromptOptions, RunOptions
@@ -69,7 +69,7 @@ def opened(model: str, run: RunOptions, console: Console, need: Need | None = No
 
     `need` says how many tokens the context must hold when --context does not.
     """
-    compile_kernels(run, console)
+    compile_kernels(model, run, console)
     from ..engine import load
 
     with load(model, need=need, **run.given(), notify=console.note, progress=console.progress) as engine:
@@ -78,12 +78,26 @@ def opened(model: str, run: RunOptions, console: Console, need: Need | None = No
     console.clear()
 
 
-def compile_kernels(run: RunOptions, console: Console) -> None:
-    """Have the kernels compiled, once a machine, in a process of its own: before torch fills this one."""
-    if run.config().kernels == "auto":
+def compile_kernels(model: str, run: RunOptions, console: Console) -> None:
+    """Have the kernels compiled, once a machine, in a process of its own: before torch fills this one.
+
+    A small model does without, so that its first run does not wait.
+    """
+    asked = run.config().kernels
+    if asked == "compiled" or (asked == "auto" and not _is_small(model)):
         from ..kernels.warm import ensure_compiled
 
         ensure_compiled(console.note)
+
+
+def _is_small(model: str) -> bool:
+    """Is it on this machine, and known by its files to be below SMALL_MODEL. Opens nothing."""
+    path = zoo.path_of(model) if model.startswith(zoo.PREFIX) else Path(model).expanduser()
+    try:
+        files = [*path.iterdir()] if path.is_dir() else [path]
+        return 0 < sum(file.stat().st_size for file in files) < SMALL_MODEL
+    except (OSError, ValueError):
+        return False
 
 
 def need_of(text: str, prompt: PromptOptions, params: SamplingParams) -> Need:

@@ -139,12 +139,11 @@ def evaluate(
     config = run.config()
     how = "Give one with -f FILE, -p TEXT or on stdin."
     given = required(gather(text, file, console.note, what="text"), how, what="text")
-    compile_kernels(run, console)
+    name = named(model, console)
+    compile_kernels(name, run, console)
     from ..apps.evaluate import evaluate as measure
 
-    found = measure(
-        named(model, console), given, config, against=against, max_tokens=max_tokens, progress=console.progress
-    )
+    found = measure(name, given, config, against=against, max_tokens=max_tokens, progress=console.progress)
     console.clear()
     if json:
         console.answer(as_json(found))

@@ -53,7 +53,7 @@ class Kernels(Protocol):
 
 def select(
     device: str,
-    mode: Literal["auto", "reference"] = "auto",
+    mode: Literal["auto", "compiled", "reference"] = "auto",
     threads: int | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> tuple[Kernels, str | None]:

@@ -226,6 +226,15 @@ def _compiled_file(notify: Callable[[str], None] | None) -> Path:
     return file
 
 
+def is_compiled() -> bool:
+    """Are this machine's kernels in the cache already. Compiles nothing."""
+    try:
+        file = cache_dir() / _OBJECT
+        return file.exists() and _is_whole(file.read_bytes())
+    except OSError:
+        return False
+
+
 def ensure_compiled(notify: Callable[[str], None] | None = None) -> bool:
     """Have the kernels compiled and loaded; False when that cannot be, the reason of which `select` then tells."""
     try:

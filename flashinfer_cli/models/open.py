@@ -54,6 +54,11 @@ class OpenModel:
                 count += layer.count * sum(part.rows * part.cols for part in layer.parts)
         return count
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, as stored."""
+        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+
     def describe(self) -> dict[str, Any]:
         """What reports say about the model."""
         tensors = self.checkpoint.tensors.values()
@@ -66,7 +71,7 @@ class OpenModel:
             "kind": self.checkpoint.kind,
             "model_type": self.config.model_type,
             "parameters": self.parameters,
-            "weight_bytes": sum(t.nbytes for t in tensors),
+            "weight_bytes": self.weight_bytes,
             "formats": dict(sorted(formats.items(), key=lambda item: -item[1])),
         }
 
