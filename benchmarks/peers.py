@@ -1,0 +1,142 @@
+"""python -m benchmarks.peers: this tool and what a user would take instead, side by side, under one memory cap.
+
+Every system decodes the same random tokens with the same weights, alone, in a fresh memory cgroup of a share of the
+weights' size, its files cold; memory-mapped peers run at Linux's own readahead (128 KB) and at this machine's, and the
+better one counts. The bound is the larger of two times: bytes that cannot stay under the cap over the drive's rate, and
+all weights over the memory's rate.
+
+    python -m benchmarks.peers --folder DIR [--models qwen-1.5b llama-3g] [--caps 0.5 0.25] [--systems ours llama.cpp]
+                               [--kind BF16|Q8_0|Q4_0] [--peer-python PYTHON]
+
+DIR keeps the checkpoints: synthetic ones are written there when first asked for, a real one is a Hugging Face folder
+DIR/NAME. --peer-python is an interpreter that has llama-cpp-python (or transformers and accelerate).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from gguf import GGMLQuantizationType as Kind
+
+from . import cgroup, machine, synthetic
+from .gguf_files import write
+
+DEFAULT_READAHEAD = 128  # KB: Linux's own
+QUANTIZED = {"Q8_0": "int8", "Q4_0": "int4"}  # the bundle that faces a GGUF of that kind
+MOST = 0.94  # of the cap: what our budget may take, the rest being page cache and the kernel's own
+
+
+def weight_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [*path.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files)
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    """The folder of a model: DIR/NAME as it stands, or a synthetic one made there."""
+    if (folder / name / "config.json").exists():
+        return folder / name
+    if name not in synthetic.MODELS:
+        raise SystemExit(f"{folder / name} is not there, and no synthetic model is called {name}.")
+    return synthetic.make(name, folder)
+
+
+def our_file(source: Path, kind: str) -> Path:
+    """What we run: the folder itself, or its bundle at the precision that faces `kind`."""
+    if kind not in QUANTIZED:
+        return source
+    import flashinfer_cli as fc
+
+    out = source.with_name(f"{source.name}-{QUANTIZED[kind]}")
+    return (
+        out if out.exists() else Path(fc.bundle(source, out, quantize=QUANTIZED[kind], quantize_trunk=QUANTIZED[kind]))
+    )
+
+
+def run(
+    system: str, python: str, model: Path, cap: int | None, tokens: int, prompt: int, kb: int | None
+) -> dict[str, Any]:
+    """One run of one system; without a cap it has all the memory there is."""
+    command = [python, "-m", "benchmarks.run_one", system, str(model), "--tokens", str(tokens), "--prompt", str(prompt)]
+    limit = cap or 1 << 40
+    if system == "ours" and cap is not None:
+        command += ["--memory", str(int(MOST * cap))]
+    if system == "accelerate" and cap is not None:
+        command += ["--memory", str(int(0.5 * cap))]  # it does not count its activations, nor what it reads in
+    with cgroup.readahead(model, kb) as found:
+        env = {"PYTHONPATH": str(Path(__file__).parents[1])}
+        return cgroup.run_capped(command, limit, [model], env=env) | {"readahead_kb": found}
+
+
+def compare(
+    name: str, folder: Path, caps: list[float], systems: list[str], kind: str, python: str, tokens: int, prompt: int
+) -> list[dict[str, Any]]:
+    """All runs of one model, printed as they come."""
+    source = checkpoint(name, folder)
+    files = {"ours": our_file(source, kind), "accelerate": source}
+    if "llama.cpp" in systems:
+        files["llama.cpp"] = write(source, source.with_name(f"{name}-{kind}.gguf"), Kind[kind])
+    threads = len(os.sched_getaffinity(0))
+    memory, rows = machine.memory_bandwidth(threads), []
+    for share in caps:
+        size = weight_bytes(files.get("llama.cpp", source))
+        cap = None if share >= 1 else int(share * size)
+        drive = machine.drive_rate(next(iter(sorted(source.glob("*.safetensors")))))
+        must = 0 if cap is None else size - cap
+        bound = 1 / max(must / drive, size / memory)
+        print(
+            f"\n{name} {kind}: {size / 1e9:.2f} GB, {'no cap' if cap is None else f'cap {cap / 1e9:.2f} GB'}; drive "
+            f"{drive / 1e9:.2f} GB/s, memory {memory / 1e9:.1f} GB/s; bound {bound:.2f} tok/s",
+            flush=True,
+        )
+        for system in systems:
+            tried: list[dict[str, Any]] = []
+            for kb in (None, DEFAULT_READAHEAD) if system != "accelerate" and cap is not None else (None,):
+                row = {"model": name, "kind": kind, "cap": cap, "share": share, "system": system, "bound_tok_s": bound}
+                try:
+                    got = run(
+                        system, sys.executable if system == "ours" else python, files[system], cap, tokens, prompt, kb
+                    )
+                    row |= got | {"drive_bytes_s": drive}
+                    own = max(got["bytes_per_token"] / drive, size / memory)
+                    print(
+                        f"  {system:10} readahead {got['readahead_kb']:>5} KB  {got['tok_s']:6.2f} tok/s  "
+                        f"{got['bytes_per_token'] / 1e6:8.0f} MB a token  peak {got['peak_charge'] / 1e9:.2f} GB  "
+                        f"{got['tok_s'] / bound:4.0%} of the bound, {got['tok_s'] * own:4.0%} of its own reads' bound  "
+                        f"prompt {got['prefill_tok_s']:.1f} tok/s",
+                        flush=True,
+                    )
+                except cgroup.CappedError as error:
+                    row |= {"error": str(error)}
+                    print(f"  {system:10} {error}", flush=True)
+                tried.append(row)
+            rows += tried
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["llama-3g"])
+    parser.add_argument("--caps", nargs="+", type=float, default=[0.5, 0.25], help="shares of the weights; 1 is no cap")
+    parser.add_argument(
+        "--systems", nargs="+", default=["ours", "llama.cpp"], choices=["ours", "llama.cpp", "accelerate"]
+    )
+    parser.add_argument("--kind", default="BF16", choices=["BF16", "F16", "Q8_0", "Q4_0"])
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=8)
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in given.models:
+        rows += compare(
+            name, given.folder, given.caps, given.systems, given.kind, given.peer_python, given.tokens, given.prompt
+        )
+    machine.emit("peers", rows)
+
+
+if __name__ == "__main__":
+    main()
