@@ -166,7 +166,8 @@ class RunConfig:
     stream: Literal["auto", "always", "never"] = "auto"
     context: int | None = None  # tokens the KV cache holds; None: the lesser of the model's own and DEFAULT_CONTEXT
     threads: int | None = None  # compute threads; None: the cores this process may use
-    io_threads: int = 8
+    io_threads: int | None = None  # reads under way at once; None: what serves the drive best, measured once
+    remeasure: bool = False  # measure the drive again
     direct_io: Literal["auto", "never"] = "auto"
     prefill_chunk: int = 512  # most tokens of a prompt that go through the layers at once
     logit_rows: int = 1  # rows of logits held at once: one to generate, more to evaluate
@@ -180,13 +181,14 @@ class RunConfig:
             raise UsageError(f"--stream is '{self.stream}', which is none of auto, always, never.")
         if self.context is not None and self.context < 1:
             raise UsageError(f"--context is {self.context}; it must be at least 1.")
-        if self.io_threads < 1 or self.prefill_chunk < 1:
+        if (self.io_threads is not None and self.io_threads < 1) or self.prefill_chunk < 1:
             raise UsageError("The I/O threads and the prefill chunk must be at least 1.")
 
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet
+MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
 # ------------------------------------------------------------------ sampling

@@ -14,7 +14,7 @@ from . import device as devices
 from .cache.kv import KVCache
 from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
-from .config import DEFAULT_CONTEXT, SMALL_MODEL, ModelConfig, RunConfig, SamplingParams
+from .config import DEFAULT_CONTEXT, MEASURED_MODEL, SMALL_MODEL, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
@@ -27,6 +27,7 @@ from .models.open import OpenModel, open_model
 from .plan import MemoryPlan, make_plan
 from .report import Recorder, RunReport, io_rows, layer_rows, phase_report
 from .store.flash import FlashStore
+from .store.tuning import Reading, drive_of, kept, reading_of
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
@@ -115,7 +116,13 @@ class Engine:
             notify(str(self.plan))
         self._first_token: float | None = None
         self.drive: dict[str, Any] | None = None
-        self.store = FlashStore(self.recorder, threads=run.io_threads, direct=run.direct_io)
+        self.reading = self._how_to_read(notify)
+        self.store = FlashStore(
+            self.recorder,
+            threads=run.io_threads or self.reading.depth,
+            direct=run.direct_io,
+            request_bytes=self.reading.request_bytes,
+        )
         try:
             feed = Feed(self.store, self.device, self.recorder)
             rt = Runtime(self.kernels, feed, self.recorder)
@@ -129,6 +136,14 @@ class Engine:
         except BaseException:
             self.store.close()
             raise
+
+    def _how_to_read(self, notify: Notify | None) -> Reading:
+        """The drive's best size and number of requests: measured where much will stream, once a drive."""
+        file = max(self.model.checkpoint.files, key=lambda path: path.stat().st_size)
+        large = self.model.weight_bytes >= MEASURED_MODEL and file.stat().st_size >= MEASURED_MODEL // 4
+        if not self.run.remeasure and (self.plan.everything_fits or not large or self.run.direct_io == "never"):
+            return kept(drive_of(file)) or Reading()
+        return reading_of(file, remeasure=self.run.remeasure, notify=notify)
 
     def _warm_up(self) -> None:
         """Touch what libraries allocate on first use, so that the plan sees it."""

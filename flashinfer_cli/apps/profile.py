@@ -9,7 +9,6 @@ from ..config import SamplingParams
 from ..engine import Engine
 from ..report import RunReport
 from ..store.drive import measure
-from ..store.flash import REQUEST_BYTES
 
 
 def profile(
@@ -27,6 +26,6 @@ def profile(
     largest = max(files, key=lambda path: path.stat().st_size)
     if progress is not None:
         progress(0, 0, "measuring the drive")
-    rate = measure(largest, request_bytes=REQUEST_BYTES, depth=engine.run.io_threads)
+    rate = measure(largest, request_bytes=engine.reading.request_bytes, depth=engine.store.threads)
     engine.drive = asdict(rate)
     return engine.report()

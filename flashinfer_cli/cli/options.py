@@ -120,6 +120,22 @@ class RunOptions:
             show_default="the cores this process may use",
         ),
     ] = RunConfig.threads
+    io_threads: Annotated[
+        int | None,
+        typer.Option(
+            "--io-threads",
+            min=1,
+            max=256,
+            metavar="N",
+            rich_help_panel=MEMORY,
+            help="Reads under way at once.",
+            show_default="what serves the drive best, measured once",
+        ),
+    ] = RunConfig.io_threads
+    remeasure: Annotated[
+        bool,
+        typer.Option("--remeasure", rich_help_panel=MEMORY, help="Measure the drive again, and keep what is found."),
+    ] = RunConfig.remeasure
     kernels: Annotated[
         Literal["auto", "compiled", "reference"],
         typer.Option(

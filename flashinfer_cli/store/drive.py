@@ -34,7 +34,7 @@ def measure(path: Path, *, request_bytes: int = REQUEST_BYTES, depth: int = 8, s
     room = depth * (request_bytes + 2 * ALIGN)
     buffer = allocate(BATCHES * room)
     under_way: deque[tuple[int, Ticket]] = deque()
-    with FlashStore(Recorder(), threads=depth) as store:
+    with FlashStore(Recorder(), threads=depth, request_bytes=request_bytes) as store:
 
         def start(slot: int) -> int:
             """Ask for `depth` pieces at once; returns their bytes."""

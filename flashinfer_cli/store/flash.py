@@ -99,12 +99,15 @@ _Request = tuple[Ticket, Path, int, memoryview]  # ticket, file, offset, where t
 class FlashStore:
     """Batched asynchronous reads of a checkpoint's files into buffers of the caller.
 
-    `direct` is "auto" or "never". Reads are split into requests of REQUEST_BYTES and served by `threads` threads,
-    first come first served. Thread-safe. Close it, or use it as a context manager.
+    `direct` is "auto" or "never". Reads are split into requests of about `request_bytes` and served by `threads`
+    threads, first come first served. Thread-safe. Close it, or use it as a context manager.
     """
 
-    def __init__(self, recorder: Recorder, *, threads: int = 8, direct: str = "auto") -> None:
+    def __init__(
+        self, recorder: Recorder, *, threads: int = 8, direct: str = "auto", request_bytes: int = REQUEST_BYTES
+    ) -> None:
         self.recorder = recorder
+        self.request_bytes = request_bytes
         self.threads = threads
         self.direct = direct
         self.fallback: str | None = None  # why reads are buffered, when direct ones were asked for
@@ -175,7 +178,7 @@ class FlashStore:
         cuts = []
         for path, offset, length, at, _ in span.reads:
             # Requests of equal size, so that none is a sliver of the alignment.
-            step = -(-length // (max(1, round(length / REQUEST_BYTES)) * ALIGN)) * ALIGN
+            step = -(-length // (max(1, round(length / self.request_bytes)) * ALIGN)) * ALIGN
             for cut in range(0, length, step):
                 start = place + at + cut
                 cuts.append((path, offset + cut, view[start : start + min(step, length - cut)]))
