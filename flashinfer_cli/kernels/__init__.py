@@ -18,7 +18,7 @@ class Kernels(Protocol):
     """Products of float32 activations with stored weights. All tensors of a call are on one device and contiguous.
 
     Stored weights are uint8 tensors, one row of the matrix a row, in a format of `checkpoint.base.FORMATS`; they may
-    start at any address that is a multiple of the format's element size.
+    start at any address that is a multiple of the format's element size (2, for blocks).
     """
 
     name: str
@@ -41,8 +41,8 @@ class Kernels(Protocol):
         """out += (act(x @ gate.T + gate bias) * (x @ up.T + up bias)) @ down; without a gate act(x @ up.T + up bias)
         @ down.
 
-        records uint8 [n, width], a neuron a row: gate row (if gated), up row, down column, each d elements of a plain
-        format, then padding. x and out float32 [T, d]; biases (gate, up) float32 [n]; `act` a name of `activations`.
+        records uint8 [n, width], a neuron a row: gate row (if gated), up row, down column, each d elements of `fmt`,
+        then padding. x and out float32 [T, d]; biases (gate, up) float32 [n]; `act` a name of `activations`.
         """
         ...
 

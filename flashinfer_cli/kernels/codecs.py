@@ -1,4 +1,4 @@
-"""GGUF's block formats, decoded to float32: one function a format, as ggml-quants.h lays their bytes out.
+"""Block formats, decoded to float32: one function a format; GGUF's as ggml-quants.h lays their bytes out, and ours.
 
 Each takes the address of a block and that of its 32 or 256 float32 values, and writes LLVM instructions through
 `lanes`. The arithmetic is value = scale * q + offset in float32, where q is an unsigned or signed small integer.
@@ -7,33 +7,49 @@ Each takes the address of a block and that of its 32 or 256 float32 values, and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from .lanes import I8, I16, I32, LANES, Lanes, Pointer
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def _write(target: Pointer, index: int, q: Lanes, scale: Lanes, offset: Lanes) -> None:
+class Target(Protocol):
+    """Where values go: memory, or the registers of a product."""
+
+    def store(self, offset: int, value: Lanes) -> None: ...
+
+
+def _write(target: Target, index: int, q: Lanes, scale: Lanes, offset: Lanes) -> None:
     """target[index: index + 16] = scale * q + offset, q being 16 unsigned bytes."""
     target.store(4 * index, q.to_float().times_plus(scale, offset))
 
 
-def _q8_0(source: Pointer, target: Pointer) -> None:
+def _q8_0(source: Pointer, target: Target) -> None:
     scale = source.half(0)
     for i in range(0, 32, LANES):
         target.store(4 * i, source.load(2 + i, I8, LANES).to_float_signed() * scale)
 
 
-def _q4_0(source: Pointer, target: Pointer) -> None:
+def _q4_0(source: Pointer, target: Target) -> None:
     scale, q = source.half(0), source.load(2, I8, LANES)
     _write(target, 0, q & 15, scale, scale * -8.0)
     _write(target, 16, q >> 4, scale, scale * -8.0)
 
 
-def _q4_1(source: Pointer, target: Pointer) -> None:
-    scale, least, q = source.half(0), source.half(2), source.load(4, I8, LANES)
-    _write(target, 0, q & 15, scale, least)
-    _write(target, 16, q >> 4, scale, least)
+def _q4_1(source: Pointer, target: Target) -> None:
+    both, q = source.half(0, 2), source.load(4, I8, LANES).widen(I32)
+    scale, least = both.lanes([0] * LANES), both.lanes([1] * LANES)
+    target.store(0, q.chosen_from(scale, least))
+    target.store(4 * LANES, (q >> 4).chosen_from(scale, least))
+
+
+def _q4_g64(source: Pointer, target: Target) -> None:
+    both, q = source.half(0, 4), source.load(8, I32, LANES)
+    for group in range(2):
+        scale, least = both.lanes([2 * group] * LANES), both.lanes([2 * group + 1] * LANES)
+        for vector in range(4 * group, 4 * group + 4):
+            target.store(4 * LANES * vector, (q >> (4 * vector)).chosen_from(scale, least))
 
 
 def _fifth_bits(source: Pointer, offset: int, first: int) -> Lanes:
@@ -45,19 +61,19 @@ def _fifth_bits(source: Pointer, offset: int, first: int) -> Lanes:
     return Lanes(builder, builder.select(there, two.value.type([16] * LANES), two.value.type([0] * LANES)))
 
 
-def _q5_0(source: Pointer, target: Pointer) -> None:
+def _q5_0(source: Pointer, target: Target) -> None:
     scale, q = source.half(0), source.load(6, I8, LANES)
     _write(target, 0, (q & 15) | _fifth_bits(source, 2, 0), scale, scale * -16.0)
     _write(target, 16, (q >> 4) | _fifth_bits(source, 2, 16), scale, scale * -16.0)
 
 
-def _q5_1(source: Pointer, target: Pointer) -> None:
+def _q5_1(source: Pointer, target: Target) -> None:
     scale, least, q = source.half(0), source.half(2), source.load(8, I8, LANES)
     _write(target, 0, (q & 15) | _fifth_bits(source, 4, 0), scale, least)
     _write(target, 16, (q >> 4) | _fifth_bits(source, 4, 16), scale, least)
 
 
-def _q2_k(source: Pointer, target: Pointer) -> None:
+def _q2_k(source: Pointer, target: Target) -> None:
     scale, least = source.half(80), source.half(82) * -1.0
     for group in range(16):  # 16 values that share a scale and a least value, four bits each
         both = source.load(group, I8)
@@ -66,7 +82,7 @@ def _q2_k(source: Pointer, target: Pointer) -> None:
         _write(target, 16 * group, q, (both & 15).to_float() * scale, (both >> 4).to_float() * least)
 
 
-def _q3_k(source: Pointer, target: Pointer) -> None:
+def _q3_k(source: Pointer, target: Target) -> None:
     scale = source.half(108)
     for group in range(16):
         low = (source.load(96 + group % 8, I8) >> (4 * (group // 8))) & 15
@@ -87,7 +103,7 @@ def _six_bit_pairs(source: Pointer, scales: int, group: int) -> tuple[Lanes, Lan
     return scale, (low >> 4) | ((source.load(scales + group, I8) >> 6) << 4)
 
 
-def _q4_k(source: Pointer, target: Pointer) -> None:
+def _q4_k(source: Pointer, target: Target) -> None:
     scale, least = source.half(0), source.half(2) * -1.0
     for group in range(8):
         own, offset = _six_bit_pairs(source, 4, group)
@@ -97,7 +113,7 @@ def _q4_k(source: Pointer, target: Pointer) -> None:
             _write(target, 32 * group + 16 * part, q >> 4 if group % 2 else q & 15, factor, shift)
 
 
-def _q5_k(source: Pointer, target: Pointer) -> None:
+def _q5_k(source: Pointer, target: Target) -> None:
     scale, least = source.half(0), source.half(2) * -1.0
     for group in range(8):
         own, offset = _six_bit_pairs(source, 4, group)
@@ -109,7 +125,7 @@ def _q5_k(source: Pointer, target: Pointer) -> None:
             _write(target, 32 * group + 16 * part, q, factor, shift)
 
 
-def _q6_k(source: Pointer, target: Pointer) -> None:
+def _q6_k(source: Pointer, target: Target) -> None:
     scale = source.half(208)
     for group in range(16):
         half, quarter, part = group // 8, group % 8 // 2, group % 2
@@ -120,17 +136,17 @@ def _q6_k(source: Pointer, target: Pointer) -> None:
         _write(target, 16 * group, q, own, own * -32.0)
 
 
-def _iq4_pair(source: Pointer, at: int, target: Pointer, index: int, scale: Lanes) -> None:
+def _iq4_pair(source: Pointer, at: int, target: Target, index: int, scale: Lanes) -> None:
     q = source.load(at, I8, LANES)
     for part, nibble in enumerate((q & 15, q >> 4)):
         target.store(4 * (index + LANES * part), nibble.choose(IQ4_VALUES).to_float_signed() * scale)
 
 
-def _iq4_nl(source: Pointer, target: Pointer) -> None:
+def _iq4_nl(source: Pointer, target: Target) -> None:
     _iq4_pair(source, 2, target, 0, source.half(0))
 
 
-def _iq4_xs(source: Pointer, target: Pointer) -> None:
+def _iq4_xs(source: Pointer, target: Target) -> None:
     scale, high = source.half(0), source.load(2, I16)
     for group in range(8):
         low = (source.load(4 + group // 2, I8) >> (4 * (group % 2))) & 15
@@ -138,8 +154,8 @@ def _iq4_xs(source: Pointer, target: Pointer) -> None:
         _iq4_pair(source, 8 + 16 * group, target, 32 * group, own * scale)
 
 
-DECODERS: dict[str, Callable[[Pointer, Pointer], None]] = {
+DECODERS: dict[str, Callable[[Pointer, Target], None]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "Q4_G64": _q4_g64,
 }  # fmt: skip

@@ -48,7 +48,7 @@ from .memory import (
     store_int,
     write,
 )
-from .products import F32, compiled, converted, linear, neurons
+from .products import F32, choose, compiled, converted, linear, neurons
 
 SPINS = 3000  # turns of waiting before a worker sleeps: about 100 us, the gap between two products of a small model
 # Waking a sleeper costs its caller some 20 us and is worth it once it has missed this much, in one job or in several.
@@ -65,6 +65,7 @@ def _help(pool: Any, worker: Any) -> None:
     out, stride, chunk = load_int(job + 64), load_int(job + 72), load_int(job + 80)
     scratch = load_int(job + 88) + (0 if kind == ADD_UP else worker * load_int(job + 96))
     act, gate_bias, up_bias, group = load_int(job + 104), load_int(job + 112), load_int(job + 120), load_int(job + 128)
+    part = load_int(job + 136)
     while True:
         index = atomic_add(pool + NEXT, 1)
         first = index * chunk
@@ -77,12 +78,12 @@ def _help(pool: Any, worker: Any) -> None:
         elif kind == DEQUANTIZE:
             converted(code, source, width, rows, cols, out + first * stride, stride)
         elif kind == ADD_UP:
-            mix((F32 * 4 + 2) * 4 + 1, stride + 4 * first, 4 * count, group, rows, scratch, 0, out + 4 * first, 0)
+            mix(choose(F32, 2, 1), stride + 4 * first, 4 * count, group, rows, scratch, 0, out + 4 * first, 0)
         else:
             gate_biases = gate_bias + 4 * first if gate_bias else gate_bias
             up_biases = up_bias + 4 * first if up_bias else up_bias
             sums = stride + index * 4 * tokens * cols
-            neurons(code, rows, cols, source, width, x, tokens, sums, act, gate_biases, up_biases, scratch, group)
+            neurons(code, rows, cols, source, width, part, x, tokens, sums, act, gate_biases, up_biases, scratch, group)
 
 
 @compiled
@@ -141,15 +142,16 @@ def enter(pool: Any, worker: Any) -> None:
     """Compute the job in the pool's words (worker 0, one caller at a time), or be worker `worker` until the pool stops.
 
     The words of a job, in their order: kind, format's code, tokens, count, cols, weight, width, x, out, stride,
-    chunk, scratch, scratch stride, act, gate bias, up bias, group. `width` is the bytes from row to row of the
+    chunk, scratch, scratch stride, act, gate bias, up bias, group, part. `width` is the bytes from row to row of the
     weight, `chunk` the rows handed out together, the scratch stride (bytes) what each thread has for itself, `group`
     the rows whose products it works on together, after converting them into its scratch where the format asks for it.
 
     LINEAR: out[t, row] = weight[row] . x[t] for `count` rows; `stride` bytes between tokens; scratch [group, cols].
     DEQUANTIZE: out[row] = weight[row] as float32, contiguous; `stride` bytes from row to row of out.
     FFN: out[tokens, cols] += what `count` neurons contribute, whose records are the rows of weight; `stride` is the
-    address of the sums, float32 [chunks, tokens, cols]; scratch: [group, cols + PADDING / 4 + 2 * tokens] and at
-    least 16; act has GATED added when there is a gate; a bias is an address or 0.
+    address of the sums, float32 [chunks, tokens, cols]; `part` the bytes of each part of a record; scratch: [group,
+    cols + PADDING / 4 + 2 * tokens] and at least 16; act has GATED added when there is a gate; a bias is an address
+    or 0.
     ADD_UP, which follows an FFN by itself: out[count floats] += `group` sums, one after the other.
     """
     if worker > 0:

@@ -7,7 +7,7 @@ adds row after row.
 
 Every argument is an int64: addresses, and counts of elements or, for pitches and strides, of bytes. The first one of
 each intrinsic names the variant: a format's code, or `variant(code, rows, tokens)`. Two rows by three tokens are what
-the 16 vector registers of AVX2 hold.
+the 16 vector registers of AVX2 hold, four by three the 32 of AVX-512.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from numba.extending import intrinsic
 
 from ..checkpoint.base import FORMATS, PLAIN
 from .codecs import DECODERS
-from .jobs import BLOCKS, CODES
-from .lanes import ELEMENT_BYTES, F32, I64, LANES, Lanes, Pointer, loop
+from .jobs import BLOCKS, CODES, DIRECT_BLOCKS, DIRECT_NEURONS
+from .lanes import ELEMENT_BYTES, F32, I64, LANES, Lanes, Pointer, has_avx512, loop
 
-MOST_ROWS, MOST_TOKENS = 2, 3
+MOST_ROWS, MOST_TOKENS = 4 if has_avx512() else 2, 3
 
 Emit = Callable[..., None]
 
 
 def variant(code: int, rows: int, tokens: int) -> int:
-    return (code * 4 + rows) * 4 + tokens
+    return (code * 8 + rows) * 4 + tokens
 
 
 def _number(value: int) -> Any:
@@ -82,6 +82,69 @@ def _dot(fmt: str, rows: int, tokens: int) -> Emit:
                     _accumulate(b, slot, weight[r], value[t])
         for vector, tail, (r, t) in zip(sums, tails, pairs, strict=True):
             outputs[t].store(4 * r, Lanes(b, b.load(vector)).total() + Lanes(b, b.load(tail)))
+
+    return emit
+
+
+class _Decoded:
+    """A block's values in registers, in their order: what a decoder that is given this as its target leaves."""
+
+    def __init__(self, fmt: str, source: Pointer) -> None:
+        self.values: list[Lanes] = []
+        DECODERS[fmt](source, self)
+
+    def store(self, offset: int, value: Lanes) -> None:
+        assert offset == 4 * LANES * len(self.values) and value.count == LANES, offset
+        self.values.append(value)
+
+
+def _dot_blocks(fmt: str, rows: int, tokens: int) -> Emit:
+    """The same sums in the same order as those of the rows converted to float32: bit for bit the same results."""
+    elements, size = FORMATS[fmt]
+    pairs = [(r, t) for r in range(rows) for t in range(tokens)]
+
+    def emit(b: ir.IRBuilder, row: Any, pitch: Any, x: Any, x_stride: Any, n: Any, out: Any, out_stride: Any) -> None:
+        outputs, sums = _rows(b, out, out_stride, tokens), _zeros(b, len(pairs), LANES)
+        with loop(b, _number(0), b.sdiv(n, _number(elements)), 1) as i:
+            sources = _rows(b, b.add(row, b.mul(i, _number(size))), pitch, rows)
+            inputs = _rows(b, b.add(x, b.mul(i, _number(4 * elements))), x_stride, tokens)
+            weights = [_Decoded(fmt, source).values for source in sources]
+            for v in range(elements // LANES):
+                values = [pointer.load(4 * LANES * v, F32, LANES) for pointer in inputs]
+                for slot, (r, t) in zip(sums, pairs, strict=True):
+                    _accumulate(b, slot, weights[r][v], values[t])
+        for vector, (r, t) in zip(sums, pairs, strict=True):
+            outputs[t].store(4 * r, Lanes(b, b.load(vector)).total() + 0.0)
+
+    return emit
+
+
+def _mix_blocks(fmt: str, rows: int, tokens: int) -> Emit:
+    """For `rows` rows of blocks, whatever `count` says."""
+    elements, size = FORMATS[fmt]
+
+    def emit(
+        b: ir.IRBuilder,
+        row: Any,
+        pitch: Any,
+        count: Any,
+        n: Any,
+        factors: Any,
+        factor_stride: Any,
+        sums: Any,
+        stride: Any,
+    ) -> None:
+        factor = [[p.load(4 * r, F32) for r in range(rows)] for p in _rows(b, factors, factor_stride, tokens)]
+        with loop(b, _number(0), b.sdiv(n, _number(elements)), 1) as i:
+            outputs = _rows(b, b.add(sums, b.mul(i, _number(4 * elements))), stride, tokens)
+            sources = _rows(b, b.add(row, b.mul(i, _number(size))), pitch, rows)
+            weights = [_Decoded(fmt, source).values for source in sources]
+            for place in range(0, elements, LANES):
+                for t, output in enumerate(outputs):
+                    total = output.load(4 * place, F32, LANES)
+                    for r in range(rows):
+                        total = weights[r][place // LANES].times_plus(factor[t][r], total)
+                    output.store(4 * place, total)
 
     return emit
 
@@ -193,10 +256,26 @@ def _choice(name: str, arity: int, variants: dict[int, Emit]) -> Any:
     return signature, codegen
 
 
-_SHAPES = [(rows, tokens) for rows in range(1, MOST_ROWS + 1) for tokens in range(1, MOST_TOKENS + 1)]
-_DOTS = _choice("dot", 7, {variant(CODES[fmt], r, t): _dot(fmt, r, t) for fmt in PLAIN for r, t in _SHAPES})
+def _shapes(most_rows: int) -> list[tuple[int, int]]:
+    return [(rows, tokens) for rows in range(1, most_rows + 1) for tokens in range(1, MOST_TOKENS + 1)]
+
+
+_DOTS = _choice(
+    "dot",
+    7,
+    {variant(CODES[fmt], r, t): _dot(fmt, r, t) for fmt in PLAIN for r, t in _shapes(MOST_ROWS)}
+    | {variant(CODES[fmt], r, t): _dot_blocks(fmt, r, t) for fmt in DIRECT_BLOCKS for r, t in _shapes(MOST_ROWS)},
+)
 _MIXES = _choice(
-    "mix", 8, {variant(CODES[fmt], r, t): _mix(fmt, t, single=r == 1) for fmt in PLAIN for r, t in _SHAPES}
+    "mix",
+    8,
+    {variant(CODES[fmt], r, t): _mix(fmt, t, single=r == 1) for fmt in PLAIN for r, t in _shapes(2)}
+    | {
+        variant(CODES[fmt], r, t): _mix_blocks(fmt, r, t)
+        for fmt in DIRECT_BLOCKS
+        for r, t in _shapes(DIRECT_NEURONS)
+        if r in (1, DIRECT_NEURONS)
+    },
 )
 _CONVERSIONS = {CODES[fmt]: _convert_plain(fmt) for fmt in PLAIN} | {CODES[fmt]: _convert_blocks(fmt) for fmt in BLOCKS}
 _CONVERT = _choice("convert", 3, _CONVERSIONS)
@@ -206,14 +285,14 @@ _CONVERT = _choice("convert", 3, _CONVERSIONS)
 def dot(
     typingctx: Any, which: Any, row: Any, pitch: Any, x: Any, x_stride: Any, n: Any, out: Any, out_stride: Any
 ) -> Any:
-    """out[t, r] = row[r] . x[t] over n elements; out has neighbouring rows next to each other."""
+    """out[t, r] = row[r] . x[t] over n elements, up to MOST_ROWS rows; out has neighbouring rows next to each other."""
     return _DOTS
 
 
 @intrinsic
 def mix(typingctx: Any, which: Any, row: Any, pitch: Any, count: Any, n: Any, factors: Any, factor_stride: Any, sums: Any, stride: Any) -> Any:  # fmt: skip # noqa: E501
     """sums[t] += factors[t, r] * row[r] over n elements, for `count` rows one after the other; variants: 1 row, or 2
-    for any."""
+    for any; for blocks 1 or DIRECT_NEURONS, as the variant says."""
     return _MIXES
 
 

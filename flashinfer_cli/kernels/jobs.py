@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from ..checkpoint.base import FORMATS, PLAIN
 
-# Kinds of jobs, formats and activations, by number. Plain formats come first.
+# Kinds of jobs, formats and activations, by number. Plain formats come first, then the blocks that bundles are made
+# of: for those two kinds there are products that take weights straight from memory.
 LINEAR, DEQUANTIZE, FFN, ADD_UP = range(4)
 BLOCKS = tuple(fmt for fmt, (elements, _) in FORMATS.items() if elements > 1)
-CODES = {fmt: code for code, fmt in enumerate((*PLAIN, *BLOCKS))}
+DIRECT_BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q4_G64")
+CODES = {fmt: code for code, fmt in enumerate((*PLAIN, *DIRECT_BLOCKS, *(f for f in BLOCKS if f not in DIRECT_BLOCKS)))}
 ACTS = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5}
 GATED = 8  # added to an activation
 
@@ -23,7 +25,7 @@ STOP = 256  # not zero: workers return
 PIPE_IN, PIPE_OUT, THREADS = 320, 328, 336
 MISSED = 344  # bytes of jobs since somebody went to sleep
 JOB = 384
-JOB_WORDS = 17
+JOB_WORDS = 18
 POOL_BYTES = JOB + 8 * JOB_WORDS
 OPEN = 1 << 40
 
@@ -31,7 +33,8 @@ OPEN = 1 << 40
 # (1 / CHUNKS_A_THREAD of a thread's share) large enough for memory's prefetchers.
 CHUNK_BYTES, LARGEST_CHUNK_BYTES, CHUNKS_A_THREAD = 64 << 10, 256 << 10, 32
 GROUP_BYTES = 128 << 10  # of float32 rows worked on together: half of a small second-level cache
-DIRECT_TOKENS = 3  # up to which plain rows go straight from memory into the products
+DIRECT_TOKENS = 3  # up to which rows go straight from memory into the products
+DIRECT_NEURONS = 4  # of records in blocks that are then worked on together
 PADDING = 64  # bytes between such rows of an FFN: rows of 2^n bytes would all want the same few lines of a cache
 FFN_CHUNK_BYTES = 288 << 10  # of neurons' records handed out together, but
 FFN_CHUNK_ROWS = 32  # not more of them than this,

@@ -57,7 +57,7 @@ class NumbaKernels:
             scratch = space.reserve(group * cols * space.threads)
             space.run(
                 jobs.LINEAR, jobs.CODES[fmt], tokens, rows, cols, weight.data_ptr(), width, x.data_ptr(),
-                out.data_ptr() + 4 * start, 4 * total, chunk, scratch, 4 * group * cols, 0, 0, 0, group,
+                out.data_ptr() + 4 * start, 4 * total, chunk, scratch, 4 * group * cols, 0, 0, 0, group, 0,
             )  # fmt: skip
         finally:
             self._pool.release(shared)
@@ -75,7 +75,9 @@ class NumbaKernels:
         tokens, d = x.shape
         count, width = records.shape
         gate_bias, up_bias = bias or (None, None)
-        assert fmt in PLAIN and (2 + gated) * d * FORMATS[fmt][1] <= width and out.shape == x.shape, (fmt, d, width)
+        elements, size = FORMATS[fmt]
+        part = d // elements * size
+        assert d % elements == 0 and (2 + gated) * part <= width and out.shape == x.shape, (fmt, d, width)
         assert x.is_contiguous() and records.is_contiguous() and out.is_contiguous()
         chunk = max(-(-count // jobs.FFN_CHUNKS), min(jobs.FFN_CHUNK_ROWS, jobs.FFN_CHUNK_BYTES // width), 2)
         chunks = max(1, -(-count // chunk))
@@ -86,13 +88,16 @@ class NumbaKernels:
         try:
             for first in range(0, tokens, max(1, most)):
                 some = min(most, tokens - first)
-                group = 1 if some <= jobs.DIRECT_TOKENS else min(chunk, max(2, jobs.GROUP_BYTES // (4 * d) & -2))
+                if some > jobs.DIRECT_TOKENS or (fmt not in PLAIN and fmt not in jobs.DIRECT_BLOCKS):
+                    group = min(chunk, max(2, jobs.GROUP_BYTES // (4 * d) & -2))
+                else:
+                    group = 1 if fmt in PLAIN else jobs.DIRECT_NEURONS
                 own = group * (d + jobs.PADDING // 4 + 2 * some) + 16
                 scratch = space.reserve(own * space.threads + chunks * some * d)
                 space.run(
                     jobs.FFN, jobs.CODES[fmt], some, count, d, records.data_ptr(), width, x.data_ptr() + 4 * d * first,
                     out.data_ptr() + 4 * d * first, scratch + 4 * own * space.threads, chunk, scratch, 4 * own,
-                    jobs.ACTS[act] + jobs.GATED * gated, _address(gate_bias), _address(up_bias), group,
+                    jobs.ACTS[act] + jobs.GATED * gated, _address(gate_bias), _address(up_bias), group, part,
                 )  # fmt: skip
         finally:
             self._pool.release(shared)
@@ -107,7 +112,7 @@ class NumbaKernels:
         try:
             space.run(
                 jobs.DEQUANTIZE, jobs.CODES[fmt], 0, rows, cols, weight.data_ptr(), width, 0,
-                out.data_ptr(), 4 * cols, chunk, 0, 0, 0, 0, 0, 0,
+                out.data_ptr(), 4 * cols, chunk, 0, 0, 0, 0, 0, 0, 0,
             )  # fmt: skip
         finally:
             self._pool.release(shared)

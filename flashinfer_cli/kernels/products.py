@@ -7,17 +7,19 @@ from typing import Any
 
 from numba import float32, njit
 
-from .dots import MOST_ROWS, MOST_TOKENS, convert, dot, mix
-from .jobs import CODES, DIRECT_TOKENS, GATED, PADDING
+from .dots import MOST_ROWS, MOST_TOKENS, convert, dot, mix, variant
+from .jobs import CODES, DIRECT_BLOCKS, DIRECT_NEURONS, DIRECT_TOKENS, GATED, PADDING
 from .memory import load_float, store_float
 
 F32 = CODES["F32"]
 BLOCKS_FROM = CODES["BF16"] + 1  # formats from this code on come in blocks
-# Up to DIRECT_TOKENS tokens, plain rows go straight from memory into the products, one after the other: what limits
-# them is memory, and one sequential stream is the fastest. With more, they are converted once, and two stand side by
-# side.
+CONVERTED_FROM = BLOCKS_FROM + len(DIRECT_BLOCKS)  # and from this code on there is nothing but their conversion
+# Up to DIRECT_TOKENS tokens, rows go straight from memory into the products: plain ones one after the other, since what
+# limits them is memory, and one sequential stream is the fastest; blocks several side by side, since what limits them
+# is the chain of additions. With more tokens, all are converted once, and several stand side by side.
 
 compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+choose = compiled(variant)
 
 
 @compiled
@@ -56,7 +58,7 @@ def _dots(
         while r < rows:
             few = min(rows - r, most)
             dot(
-                (code * 4 + few) * 4 + some,
+                choose(code, few, some),
                 row + r * pitch,
                 pitch,
                 x + 4 * n * t,
@@ -90,8 +92,8 @@ def linear(
     scratch: Any,
     group: Any,
 ) -> None:
-    if code < BLOCKS_FROM and tokens <= DIRECT_TOKENS:
-        _dots(code, weight, width, rows, x, tokens, cols, out, stride, 1)
+    if code < CONVERTED_FROM and tokens <= DIRECT_TOKENS:
+        _dots(code, weight, width, rows, x, tokens, cols, out, stride, 1 if code < BLOCKS_FROM else MOST_ROWS)
         return
     if code == F32:
         _dots(code, weight, width, rows, x, tokens, cols, out, stride, MOST_ROWS)
@@ -109,6 +111,7 @@ def neurons(
     d: Any,
     records: Any,
     width: Any,
+    part: Any,
     x: Any,
     tokens: Any,
     sums: Any,
@@ -119,48 +122,50 @@ def neurons(
     group: Any,
 ) -> None:
     """sums[t] = the contributions of `rows` neurons, added one after the other, `group` of them worked on together."""
-    size = 4 if code == F32 else 2
-    direct = tokens <= DIRECT_TOKENS
+    direct = tokens <= DIRECT_TOKENS and code < CONVERTED_FROM
+    plain = direct and code < BLOCKS_FROM
     gated = act >= GATED
-    most = 1 if direct else MOST_ROWS
     padded = 4 * d + PADDING
     line = 4 * group
     gate = scratch + padded * group
     up = gate + line * tokens
+    most = 1 if plain else MOST_ROWS
     for i in range(tokens * d):
         store_float(sums + 4 * i, float32(0.0))
     for first in range(0, rows, group):
         some = min(group, rows - first)
         row = records + first * width
-        for part in range(0 if gated else 1, 3):
+        for role in range(0 if gated else 1, 3):
             if direct:
-                source, pitch, plain = row, width, code
+                source, pitch, kind = row, width, code
             else:
                 converted(code, row, width, some, d, scratch, padded)
-                source, pitch, plain = scratch, padded, F32
-            row += d * size
-            if part == 0:
-                _dots(plain, source, pitch, some, x, tokens, d, gate, line, most)
+                source, pitch, kind = scratch, padded, F32
+            row += part
+            if role == 0:
+                _dots(kind, source, pitch, some, x, tokens, d, gate, line, most)
                 continue
-            if part == 1:
-                _dots(plain, source, pitch, some, x, tokens, d, up, line, most)
+            if role == 1:
+                _dots(kind, source, pitch, some, x, tokens, d, up, line, most)
                 _activate_all(act, gate, up, tokens, some, line, gate_bias, up_bias, first)
                 continue
-            t = 0
-            while t < tokens:
-                few = _tile(tokens - t)
-                mix(
-                    (plain * 4 + min(some, 2)) * 4 + few,
-                    source,
-                    pitch,
-                    some,
-                    d,
-                    up + line * t,
-                    line,
-                    sums + 4 * d * t,
-                    4 * d,
-                )
-                t += few
+            step = DIRECT_NEURONS if direct and not plain and some == DIRECT_NEURONS else 1 if direct else some
+            for r in range(0, some, step):
+                t = 0
+                while t < tokens:
+                    few = _tile(tokens - t)
+                    mix(
+                        choose(kind, step if direct else min(some, 2), few),
+                        source + r * pitch,
+                        pitch,
+                        some,
+                        d,
+                        up + line * t + 4 * r,
+                        line,
+                        sums + 4 * d * t,
+                        4 * d,
+                    )
+                    t += few
 
 
 @compiled

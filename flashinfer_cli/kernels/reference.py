@@ -9,6 +9,7 @@ import torch
 from ..checkpoint.base import FORMATS, PLAIN
 from .activations import ACTIVATIONS
 
+LANES = 16  # 32-bit words of our blocks
 TILE_BYTES = 1 << 20  # of float32, converted at a time
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -27,11 +28,23 @@ def to_float(weight: torch.Tensor, fmt: str) -> torch.Tensor:
     """uint8 [rows, row bytes] as float32 [rows, cols], on the same device."""
     if fmt in PLAIN:
         return as_plain(weight, fmt).float()
+    if fmt == "Q4_G64":
+        return _q4_g64(weight)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     values = dequantize(weight.cpu().numpy(), GGMLQuantizationType[fmt])
     return torch.from_numpy(values).to(weight.device)
+
+
+def _q4_g64(weight: torch.Tensor) -> torch.Tensor:
+    """Our own int4 blocks (`checkpoint.base.FORMATS`), rounded once: products of float16 and four bits are exact in
+    float64, and so is the sum of one with a float16."""
+    blocks = weight.contiguous().view(len(weight), -1, FORMATS["Q4_G64"][1]).clone()
+    scale, least = blocks[..., :8].contiguous().view(torch.float16).double().view(*blocks.shape[:2], 2, 2, 1).unbind(3)
+    words = blocks[..., 8:].view(*blocks.shape[:2], 1, LANES, 4)
+    q = torch.stack((words & 15, words >> 4), -1).flatten(-2).transpose(-1, -2)  # [rows, blocks, 1, 8, 16]
+    return (q.reshape(*blocks.shape[:2], 2, 64) * scale + least).float().view(len(weight), -1)
 
 
 def _tiles(rows: int, cols: int) -> Iterator[slice]:
@@ -59,7 +72,7 @@ class ReferenceKernels:
         bias: tuple[torch.Tensor | None, torch.Tensor | None] | None,
         out: torch.Tensor,
     ) -> None:
-        part = x.shape[1] * FORMATS[fmt][1]
+        part = x.shape[1] // FORMATS[fmt][0] * FORMATS[fmt][1]
         gate_bias, up_bias = bias or (None, None)
 
         def project(tile: slice, index: int, own: torch.Tensor | None) -> torch.Tensor:

@@ -134,7 +134,7 @@ def _try_out(enter: Enter) -> None:
     scratch = space.reserve(256)
     space.run(
         jobs.FFN, jobs.CODES["F32"], 1, 1, 1, ones.ctypes.data, 12, ones.ctypes.data, out.ctypes.data, scratch, 2,
-        scratch + 64, 0, jobs.ACTS["silu"] + jobs.GATED, 0, 0, 1,
+        scratch + 64, 0, jobs.ACTS["silu"] + jobs.GATED, 0, 0, 1, 4,
     )  # fmt: skip
     if abs(out[0] - 0.7310586) > 1e-5:
         raise RuntimeError(f"the compiled kernels are wrong: silu(1) is {out[0]}")
