@@ -170,6 +170,9 @@ class RunConfig:
     remeasure: bool = False  # measure the drive again
     direct_io: Literal["auto", "never"] = "auto"
     prefill_chunk: int = 512  # most tokens of a prompt that go through the layers at once
+    exact: bool = False  # compute every neuron, also where predictors would say which few
+    window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
+    neuron_policy: Literal["recent", "window", "frequent"] = "recent"
     logit_rows: int = 1  # rows of logits held at once: one to generate, more to evaluate
     # compiled: made now if need be; reference: the plain torch twins; auto: compiled, unless they are still to be made
     # and the model is too small to be worth it.
@@ -181,6 +184,8 @@ class RunConfig:
             raise UsageError(f"--stream is '{self.stream}', which is none of auto, always, never.")
         if self.context is not None and self.context < 1:
             raise UsageError(f"--context is {self.context}; it must be at least 1.")
+        if self.window < 1:
+            raise UsageError(f"--window is {self.window}; it must be at least 1 token.")
         if (self.io_threads is not None and self.io_threads < 1) or self.prefill_chunk < 1:
             raise UsageError("The I/O threads and the prefill chunk must be at least 1.")
 
@@ -189,6 +194,7 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet
 MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
+NEURON_BLOCK = 512  # active neurons gathered and computed at once
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
 # ------------------------------------------------------------------ sampling

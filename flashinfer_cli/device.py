@@ -194,7 +194,7 @@ def memory_available() -> int:
     free = int(psutil.virtual_memory().available)
     for limit, used in _cgroup_limits():
         free = min(free, max(0, limit - used))
-    return free + resident_bytes()
+    return min(free + resident_bytes(), memory_total())
 
 
 AUTO_SHARE = 0.85  # of what is available: the rest is for everybody else

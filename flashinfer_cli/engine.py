@@ -24,6 +24,7 @@ from .layers.linear import Runtime
 from .models.build import Builder
 from .models.layout import ModelLayout, lay_out, sizes_of
 from .models.open import OpenModel, open_model
+from .models.predictors import load_predictors
 from .plan import MemoryPlan, make_plan
 from .report import Recorder, RunReport, io_rows, layer_rows, phase_report
 from .store.flash import FlashStore
@@ -110,7 +111,10 @@ class Engine:
         for key in [key for key in metadata if key.startswith("tokenizer.")]:
             del metadata[key]  # read by now, and large
         self._warm_up()
-        layout = lay_out(model.checkpoint, model.config, model.weights)
+        self.sparsity = None if run.exact else model.sparsity
+        sparse_layers = [layer.layer for layer in self.sparsity.layers] if self.sparsity is not None else []
+        predictors = load_predictors(model.checkpoint.path, sparse_layers, self.kernels, self.device)
+        layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers)
         self.plan, self.run = plan_model(model, layout, run, self.device)
         if notify is not None:
             notify(str(self.plan))
@@ -129,7 +133,8 @@ class Engine:
             with self.recorder.during("load", 0):
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")
-                self.decoder = Builder(model.checkpoint, model.config, layout, self.plan, rt).build()
+                builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
+                self.decoder = builder.build(predictors, run.neuron_policy, run.window)
                 self.store.tick()
             assert self.run.context is not None
             self._kv = KVCache(model.config, self.run.context, self.device.name)
@@ -249,7 +254,7 @@ class Engine:
         }
         return RunReport(
             model=self.model.describe(),
-            exactness=self.model.exactness,
+            exactness="sparse" if self.sparsity is not None else self.model.exactness,
             device=self.device.name,
             kernels=self.kernels.name,
             threads=self.threads,

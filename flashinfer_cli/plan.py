@@ -34,6 +34,8 @@ class Sizes:
     scratch: Callable[[int], int]
     seldom: tuple[bool, ...] = ()
     demand: int = 0
+    neurons: int = 0  # records of layers that have predictors: they take slots instead of being pinned
+    neuron_block: int = 0  # the neurons of a token, gathered
     table: int = 0  # an embedding table apart from the head; its rows can be read by token instead
     expert: int = 0  # one slot
     experts_by_layer: tuple[int, ...] = ()  # number of experts of each MoE layer
@@ -50,6 +52,7 @@ class MemoryPlan:
     chunk: int
     pinned: tuple[bool, ...]
     ring_bytes: int
+    neuron_bytes: int  # slots for neurons that predictors ask for; 0 where they are pinned or there are no predictors
     demand_bytes: int  # a second ring, for slices that are asked for when a token turns out to need them
     experts_per_layer: int
     transit_experts: int
@@ -122,7 +125,7 @@ def make_plan(
     has_experts = num_experts > 0
 
     def fixed(chunk: int) -> int:
-        return process + sizes.always + kv + sizes.scratch(chunk) + RESERVE + demand
+        return process + sizes.always + kv + sizes.scratch(chunk) + RESERVE + demand + sizes.neuron_block
 
     # The smallest run that works: everything streams, a short ring, one expert at a time, few tokens at once.
     least_chunk = min(chunk, CHUNK_LEAST)
@@ -165,8 +168,16 @@ def make_plan(
         left -= ring
         more = min(max(0, RING_SLICES * largest - ring), left // 4)
         ring, left = ring + more, left - more
-        pinned = pin(sizes, left if card is None else room)
+        seldom_room = left if card is None else room
+        if sizes.neurons:  # what every token needs first, then as many neurons as there is room for
+            often = sum(s for s, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom)
+            seldom_room = min(seldom_room, often)
+        pinned = pin(sizes, seldom_room)
         left -= sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p) if card is None else 0
+    neurons = 0
+    if sizes.neurons and not all(pinned) and not always:
+        neurons = min(sizes.neurons, max(0, left))
+        left -= neurons
     if has_experts and not always:
         most = max(sizes.experts_by_layer)
         if left >= num_experts * sizes.expert:
@@ -194,6 +205,10 @@ def make_plan(
         PlanPart("scratch", sizes.scratch(chunk), note=f"{chunk} tokens at once"),
         PlanPart("reserve", RESERVE),
     ]
+    if neurons:
+        parts.insert(
+            4, PlanPart("neuron slots", neurons + sizes.neuron_block, note=f"{neurons / sizes.neurons:.0%} of them")
+        )
     if has_experts:
         note = f"{per_layer} a layer, {transit} on their way"
         parts.insert(4, PlanPart("expert slots", expert_bytes + transit * sizes.expert, note=note))
@@ -204,6 +219,7 @@ def make_plan(
         chunk=chunk,
         pinned=pinned,
         ring_bytes=ring,
+        neuron_bytes=neurons,
         demand_bytes=demand,
         experts_per_layer=per_layer,
         transit_experts=transit,

@@ -64,6 +64,7 @@ class Recorder:
         self.reads: dict[tuple[str, str], IoCount] = defaultdict(IoCount)
         self.sizes: dict[int, int] = defaultdict(int)  # request bytes, rounded up to a power of two -> count
         self.layers: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])  # -> [wait, compute]
+        self.neuron_counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])  # -> [computed, of]
         self.steps: list[Step] = []
         self.layer = -1  # -1 embedding, 0.. the layers, num_hidden_layers the head
         self.wasted_bytes = 0  # read ahead of need and never used
@@ -128,6 +129,12 @@ class Recorder:
         count.hits += hits
         count.misses += misses
 
+    def neurons(self, layer: int, computed: int, count: int) -> None:
+        """A token computed so many of a layer's neurons."""
+        total = self.neuron_counts[self.phase, layer]
+        total[0] += computed
+        total[1] += count
+
     def skips(self, tokens: int, skipped: int) -> None:
         """So many tokens came to a block that may be skipped, and so many of them did."""
         count = self.phases[self.phase]
@@ -166,6 +173,7 @@ class PhaseReport:
     overlap: float  # share of the reading time that did not stall the computation
     hits: int
     misses: int
+    neurons: float | None = None  # share of the neurons of layers with predictors that a token computed
     skipped: float | None = None  # share of a token's visits to Mixture-of-Depths blocks that computed nothing
 
     @property
@@ -223,6 +231,8 @@ class RunReport:
             parts.append(f"{rate.read_bytes_per_second / 1e9:.2f} GB/s")
         if decode.hit_ratio is not None:
             parts.append(f"hits {decode.hit_ratio:.0%}")
+        if decode.neurons is not None:
+            parts.append(f"{decode.neurons:.1%} of neurons")
         if decode.skipped is not None:
             parts.append(f"skipped {decode.skipped:.0%} of block visits")
         parts.append(f"peak {format_size(self.peak)} of {format_size(self.budget)}")
@@ -251,8 +261,15 @@ def phase_report(recorder: Recorder, phase: PhaseName) -> PhaseReport:
         overlap=max(0.0, 1 - count.wait_seconds / count.read_seconds) if count.read_seconds else 0.0,
         hits=count.hits,
         misses=count.misses,
+        neurons=_neurons(recorder, phase),
         skipped=count.skipped / count.skippable if count.skippable else None,
     )
+
+
+def _neurons(recorder: Recorder, phase: str) -> float | None:
+    counts = [count for (name, _), count in recorder.neuron_counts.items() if name == phase]
+    total = sum(of for _, of in counts)
+    return sum(computed for computed, _ in counts) / total if total else None
 
 
 def layer_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:

@@ -42,7 +42,8 @@ def evaluate(
     loss, count = 0.0, 0
     kl, agree = 0.0, 0
     with Engine(opened, settled) as engine:
-        dense = Engine(opened, replace(settled, stream="never", memory="100%")) if against == "dense" else None
+        resident = replace(settled, stream="never", memory="100%", exact=True)
+        dense = Engine(opened, resident) if against == "dense" else None
         try:
             for window in windows(ids, context):
                 mine = log_probs(engine, window)
@@ -91,7 +92,8 @@ def log_probs(engine: Engine, ids: Sequence[int]) -> Iterator[torch.Tensor]:
     """Log-probabilities after each position of `ids`, some rows [t, V] at a time."""
     session = engine.session()
     try:
-        for logits in session.all_logits(ids, engine.plan.chunk):
+        phase: Literal["prefill", "decode"] = "prefill" if engine.sparsity is None else "decode"
+        for logits in session.all_logits(ids, engine.plan.chunk, phase):
             yield logits.cpu().log_softmax(-1)
     finally:
         engine.decoder.rt.feed.end()

@@ -157,6 +157,18 @@ class Feed:
             if self.progress is not None:
                 self.progress(self.pinned_bytes, total)
 
+    @contextmanager
+    def hold(self, slices: Sequence[Slice]) -> Iterator[None]:
+        """Have slices here for the length of the block, in memory beside the plan's: to use them many times over."""
+        streamed = [s for s in slices if s.home is None]
+        self.pin(streamed)
+        try:
+            yield
+        finally:
+            for slice_ in streamed:
+                self.pinned_bytes -= slice_.span.nbytes
+                slice_.home = None
+
     def open_ring(self, nbytes: int, demand: int = 0) -> None:
         """Make the ring that scheduled slices pass through, and the one for slices on demand; 0 where none do."""
         self.ring = Ring(self.store, nbytes) if nbytes else None

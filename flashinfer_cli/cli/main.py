@@ -14,6 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import GenaiRunError
+from .calibrate import calibrate
 from .chat import chat
 from .console import Console, OutputClosedError
 from .generate import generate
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 for _command, _panel in (
     (generate, "Run"), (chat, "Run"),
-    (inspect, "Prepare"), (plan, "Prepare"), (bundle, "Prepare"),
+    (inspect, "Prepare"), (plan, "Prepare"), (bundle, "Prepare"), (calibrate, "Prepare"),
     (profile, "Measure"), (evaluate, "Measure"),
 ):  # fmt: skip
     app.command(rich_help_panel=_panel)(spread(_command))

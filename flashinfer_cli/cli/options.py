@@ -136,6 +136,24 @@ class RunOptions:
         bool,
         typer.Option("--remeasure", rich_help_panel=MEMORY, help="Measure the drive again, and keep what is found."),
     ] = RunConfig.remeasure
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            rich_help_panel=MEMORY,
+            help="Compute every neuron, also where calibration says which few matter.",
+        ),
+    ] = RunConfig.exact
+    neuron_policy: Annotated[
+        Literal["recent", "window", "frequent"],
+        typer.Option("--neuron-policy", rich_help_panel=MEMORY, help="Which neurons of a calibrated bundle stay."),
+    ] = RunConfig.neuron_policy
+    window: Annotated[
+        int,
+        typer.Option(
+            "--window", min=1, metavar="TOKENS", rich_help_panel=MEMORY, help="Tokens that the policy window spans."
+        ),
+    ] = RunConfig.window
     kernels: Annotated[
         Literal["auto", "compiled", "reference"],
         typer.Option(

@@ -84,12 +84,15 @@ class Session:
         self.check(logits)
         return logits[-1]
 
-    def all_logits(self, ids: Sequence[int], chunk: int) -> Iterator[torch.Tensor]:
-        """Logits of every position of `ids`, [at most chunk, V] at a time."""
+    def all_logits(
+        self, ids: Sequence[int], chunk: int, phase: Literal["prefill", "decode"] = "prefill"
+    ) -> Iterator[torch.Tensor]:
+        """Logits of every position of `ids`, [at most chunk, V] at a time: as of a prompt, or as while decoding, which
+        differ where predictors say which neurons to compute."""
         total = self.kv.length + len(ids)
         for first in range(0, len(ids), chunk):
             part = list(ids[first : first + chunk])
-            with self._phase("prefill", len(part)):
+            with self._phase(phase, len(part)):
                 logits = self._run(part, "all", total, [True] if first + chunk < len(ids) else [])
             assert logits is not None
             self.check(logits)
@@ -102,6 +105,7 @@ class Session:
 
     def _phase(self, name: Literal["prefill", "decode"], tokens: int) -> AbstractContextManager[None]:
         self.decoder.rt.feed.store.tick()
+        self.decoder.rt.mode.sparse = name == "decode"
         return self.recorder.during(name, tokens)
 
     def _run(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..cache.neurons import NeuronCache, Pinned
 from ..kernels.activations import ACTIVATIONS
+from .demand import Demand
 from .linear import Linear, RowSlice, Runtime
 
 
@@ -55,3 +57,39 @@ class RecordFfn:
             with rt.feed.use(part.slice) as data, rt.recorder.computing():
                 rt.kernels.ffn_records(x, data.view(part.rows, -1), self.format, self.gated, self.act, bias, out)
         return out if self.down_bias is None else out.add_(self.down_bias)
+
+
+@dataclass(frozen=True)
+class SparseFfn:
+    """Neuron records of which a token computes only those that `demand` names (2312.11514).
+
+    A prompt goes through all neurons (`dense`), since the union over its tokens would be most of them anyway; what
+    follows is computed token by token, each on its own neurons in the order of their ids, so that neither the cache nor
+    its policy nor the number of tokens in a pass changes a bit of the result.
+    """
+
+    layer: int
+    dense: RecordFfn
+    demand: Demand
+    cache: NeuronCache | Pinned
+    count: int  # neurons of the layer
+
+    def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
+        """x [T, d] -> [T, d]."""
+        dense = self.dense
+        if not rt.mode.sparse:
+            rt.feed.demand([part.slice for part in dense.parts])
+            return dense(x, rt)
+        out = torch.zeros_like(x)
+        for row in range(len(x)):
+            one, into = x[row : row + 1], out[row : row + 1]
+            with rt.recorder.computing():
+                ids = self.demand(one)
+            rt.recorder.neurons(self.layer, len(ids), self.count)
+            for block, records in self.cache.fetch(self.layer, ids):
+                with rt.recorder.computing():
+                    where = torch.from_numpy(block).to(x.device)
+                    gate_bias = None if dense.gate_bias is None else dense.gate_bias[where]
+                    bias = gate_bias, None if dense.up_bias is None else dense.up_bias[where]
+                    rt.kernels.ffn_records(one, records, dense.format, dense.gated, dense.act, bias, into)
+        return out if dense.down_bias is None else out.add_(dense.down_bias)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..cache.slices import Feed, Slice
 from ..kernels import Kernels
 from ..report import Recorder
+
+
+@dataclass
+class Mode:
+    """How the pass under way treats FFNs that have a predictor: all neurons, or those predicted to fire."""
+
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,7 @@ class Runtime:
     kernels: Kernels
     feed: Feed
     recorder: Recorder
+    mode: Mode = field(default_factory=Mode)
 
 
 @dataclass(frozen=True)

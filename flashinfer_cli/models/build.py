@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from ..cache.experts import ExpertCache
+from ..cache.neurons import NeuronCache, NeuronFile, Pinned
+from ..cache.window import make_policy
 from ..checkpoint.base import Checkpoint
-from ..config import ModelConfig
+from ..config import NEURON_BLOCK, ModelConfig
 from ..device import Device
 from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
+from ..layers.demand import Demand
 from ..layers.embedding import Embedding
-from ..layers.ffn import DenseFfn, RecordFfn
+from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
 from ..layers.moe import MoeFfn
@@ -36,6 +41,8 @@ class Builder:
         self.device: Device = rt.feed.device
         self.tensors = checkpoint.tensors
         self.experts: ExpertCache | None = None
+        self.predictors: Mapping[int, Demand] = {}
+        self.neurons: NeuronCache | Pinned | None = None
         self._ropes: dict[object, Rope] = {}
         self._always = self._read_always()
 
@@ -72,6 +79,25 @@ class Builder:
     def _linear(self, layer: int, role: str, matrix: MatrixLayout) -> Linear:
         return Linear(matrix.parts, matrix.format, matrix.rows, matrix.cols, self._get(layer, f"{role}.bias"))
 
+    # ---- neurons
+    def use_neurons(self, predictors: Mapping[int, Demand], policy: str, window: int) -> None:
+        """Make slots for the neurons of the layers that have predictors, in proportion to their records."""
+        self.predictors = predictors
+        sparse = {i: layer for i, layer in enumerate(self.layout.layers) if layer.sparse}
+        if all(part.slice.home is not None for layer in sparse.values() for part in layer.record_parts):
+            self.neurons = Pinned(self.device, self.rt.recorder, NEURON_BLOCK)
+            return
+        whole = sum(layer.neuron_bytes for layer in sparse.values())
+        files, policies = {}, {}
+        for index, layer in sparse.items():
+            records, place = layer.records, layer.records_base
+            assert records is not None and place is not None
+            files[index] = NeuronFile(place[0], place[1], records.count, records.width_bytes)
+            share = self.plan.neuron_bytes * layer.neuron_bytes // whole
+            policies[index] = make_policy(policy, records.count, share // records.width_bytes, window)
+        rt = self.rt
+        self.neurons = NeuronCache(rt.feed.store, self.device, rt.recorder, files, policies, NEURON_BLOCK)
+
     # ---- layers
     def _attention(self, index: int, layer: LayerLayout) -> Attention:
         config = self.config
@@ -98,7 +124,7 @@ class Builder:
             norm_all_heads=config.qk_norm == "full",
         )
 
-    def _ffn(self, index: int, layer: LayerLayout) -> DenseFfn | RecordFfn | MoeFfn:
+    def _ffn(self, index: int, layer: LayerLayout) -> DenseFfn | RecordFfn | SparseFfn | MoeFfn:
         config = self.config
         if layer.expert_extents:
             assert config.moe is not None and self.experts is not None
@@ -117,15 +143,24 @@ class Builder:
                 shared_gate=self._get(index, "shared_gate"),
             )
         if layer.records is not None:
-            return RecordFfn(
+            dense = RecordFfn(
                 parts=layer.record_parts,
-                format=layer.records.format,
+                format=layer.records.parts[0].format,
                 gated=config.gated,
                 act=config.hidden_act,
                 gate_bias=self._get(index, "gate.bias"),
                 up_bias=self._get(index, "up.bias"),
                 down_bias=self._get(index, "down.bias"),
             )
+            if not layer.sparse:
+                return dense
+            assert self.neurons is not None
+            if isinstance(self.neurons, Pinned):
+                homes = [
+                    part.slice.home.view(part.rows, -1) for part in layer.record_parts if part.slice.home is not None
+                ]
+                self.neurons.homes[index] = (homes, layer.record_parts[0].rows)
+            return SparseFfn(index, dense, self.predictors[index], self.neurons, layer.records.count)
         return self._dense(index, layer, "")
 
     def _dense(self, index: int, layer: LayerLayout, prefix: str) -> DenseFfn:
@@ -166,7 +201,7 @@ class Builder:
             slices=tuple(layer.slices) if layer.on_demand else (),
         )
 
-    def build(self) -> Decoder:
+    def build(self, predictors: Mapping[int, Demand] | None = None, policy: str = "recent", window: int = 5) -> Decoder:
         """Pin what stays, make the caches, and assemble."""
         layout, plan, rt = self.layout, self.plan, self.rt
         body = layout.body
@@ -188,6 +223,8 @@ class Builder:
             )
             if plan.everything_fits:
                 self.experts.fill()
+        if predictors:
+            self.use_neurons(predictors, policy, window)
         config = self.config
         projections = {role: self._linear(-1, role, matrix) for role, matrix in layout.model.items()}
         embed_info = self.tensors[layout.embed_tensor]
@@ -201,5 +238,6 @@ class Builder:
             project_out=projections.get("project_out"),
             final_norm=self._norm(-1, "final_norm") if config.final_norm else None,
             head=self._linear(-1, "head", layout.head),
+            by_block=[layer.slices for layer in layout.layers],
             body=[s for s, on_demand in zip(body, layout.on_demand, strict=True) if not on_demand],
         )

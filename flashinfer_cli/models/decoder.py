@@ -14,7 +14,7 @@ from ..cache.slices import Slice
 from ..config import ModelConfig
 from ..layers.attention import Attention
 from ..layers.embedding import Embedding
-from ..layers.ffn import DenseFfn, RecordFfn
+from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import TokenRouter
 from ..layers.moe import MoeFfn
@@ -26,7 +26,7 @@ class Block:
     """One layer. Norms that a family does not have are None."""
 
     attention: Attention
-    ffn: DenseFfn | RecordFfn | MoeFfn
+    ffn: DenseFfn | RecordFfn | SparseFfn | MoeFfn
     attn_norm: Norm
     ffn_norm: Norm | None
     attn_post_norm: Norm | None
@@ -88,6 +88,7 @@ class Decoder:
         final_norm: Norm | None,
         head: Linear,
         body: Sequence[Slice],
+        by_block: Sequence[Sequence[Slice]],
     ) -> None:
         self.config = config
         self.rt = rt
@@ -98,11 +99,16 @@ class Decoder:
         self.project_out = project_out
         self.final_norm = final_norm
         self.head = head
+        self.by_block = tuple(tuple(slices) for slices in by_block)
         streamed_body = tuple(s for s in body if s.home is None)
         self._passes = {
             False: streamed_body,
             True: (*streamed_body, *(s for s in head.slices if s.home is None)),
         }
+
+    def slices_of(self, index: int) -> tuple[Slice, ...]:
+        """All that block `index` may stream, in the order of use."""
+        return self.by_block[index]
 
     def begin(self, with_head: bool, following: Sequence[bool] = ()) -> None:
         """Announce a pass, with or without the head, and those known to follow it, so that they can be read ahead."""

@@ -6,13 +6,14 @@ pieces of a slot; norms, biases and routers always stay. The plan is made from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..bundles.format import RecordLayout
 from ..cache.slices import Slice
 from ..checkpoint.base import Checkpoint, Extent, TensorInfo
-from ..config import SLICE_BYTES, MiB, ModelConfig, RunConfig, WeightMap, WeightRef
+from ..config import NEURON_BLOCK, SLICE_BYTES, MiB, ModelConfig, RunConfig, WeightMap, WeightRef
 from ..layers.attention import SCORE_BYTES
 from ..layers.linear import RowSlice
 from ..layers.moe import ExpertLayout, ExpertPart
@@ -50,6 +51,8 @@ class LayerLayout:
     expert_extents: list[tuple[Extent, ...]] = field(default_factory=list)
     expert_layouts: list[ExpertLayout] = field(default_factory=list)
     on_demand: bool = False  # a block that tokens may skip: its slices are asked for once one does not
+    sparse: bool = False  # its records are asked for neuron by neuron, and whole only for a prompt
+    records_base: tuple[Path, int] | None = None  # file and first byte of the records
 
     @property
     def slices(self) -> list[Slice]:
@@ -63,6 +66,18 @@ class LayerLayout:
             if role in self.matrices:
                 found += self.matrices[role].slices
         return found
+
+    @property
+    def demanded(self) -> int:
+        """Bytes asked for at once when the layer is asked for."""
+        if self.on_demand:
+            return sum(s.span.nbytes for s in self.slices)
+        return sum(part.slice.span.nbytes for part in self.record_parts) if self.sparse else 0
+
+    @property
+    def neuron_bytes(self) -> int:
+        """Of all records that are asked for one by one."""
+        return self.records.count * self.records.width_bytes if self.sparse and self.records is not None else 0
 
 
 @dataclass
@@ -89,12 +104,19 @@ class ModelLayout:
         """Of each slice of `body`: is it asked for only when a token does not skip its block."""
         first = len(self.model["project_in"].parts) if "project_in" in self.model else 0
         last = len(self.model["project_out"].parts) if "project_out" in self.model else 0
-        inner = [layer.on_demand for layer in self.layers for _ in layer.slices]
+        records = [{id(part.slice) for part in layer.record_parts} if layer.sparse else set() for layer in self.layers]
+        inner = [
+            layer.on_demand or id(one) in seldom
+            for layer, seldom in zip(self.layers, records, strict=True)
+            for one in layer.slices
+        ]
         return [False] * first + inner + [False] * last
 
 
-def lay_out(checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap) -> ModelLayout:
-    """Cut a model into slices. Reads nothing."""
+def lay_out(
+    checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap, sparse_layers: Collection[int] = ()
+) -> ModelLayout:
+    """Cut a model into slices. Reads nothing. `sparse_layers` have predictors that say which neurons to read."""
     tensors = checkpoint.tensors
     records: Mapping[int, RecordLayout] = getattr(checkpoint, "records", {})
     always: dict[tuple[int, str], WeightRef] = {}
@@ -114,7 +136,7 @@ def lay_out(checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap) -> 
 
     layers = []
     for index, roles in enumerate(weights.layers):
-        layer = LayerLayout(on_demand=config.is_skippable(index))
+        layer = LayerLayout(on_demand=config.is_skippable(index), sparse=index in sparse_layers)
         for role, ref in roles.items():
             if stays(role):
                 always[index, role] = ref
@@ -141,6 +163,7 @@ def _matrix(tensors: Mapping[str, TensorInfo], ref: WeightRef) -> MatrixLayout:
 def _lay_out_records(layer: LayerLayout, records: RecordLayout, tensors: Mapping[str, TensorInfo]) -> None:
     info = tensors[records.tensor]
     if records.kind == "neurons":
+        layer.records_base = (info.path, info.offset)
         step = max(1, SLICE_BYTES // records.width_bytes)
         layer.records = records
         layer.record_parts = tuple(
@@ -198,7 +221,16 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
         scratch=scratch,
         expert=max((span_of(e).nbytes for extents in experts for e in extents), default=0),
         seldom=(*layout.on_demand, *(False for _ in layout.head.slices)),
-        demand=max((sum(s.span.nbytes for s in layer.slices) for layer in layout.layers if layer.on_demand), default=0),
+        demand=max((layer.demanded for layer in layout.layers), default=0),
+        neurons=sum(layer.neuron_bytes for layer in layout.layers),
+        neuron_block=max(
+            (
+                NEURON_BLOCK * layer.records.width_bytes
+                for layer in layout.layers
+                if layer.sparse and layer.records is not None
+            ),
+            default=0,
+        ),
         experts_by_layer=tuple(len(extents) for extents in experts),
         experts_per_tok=moe.num_experts_per_tok if moe else 0,
     )

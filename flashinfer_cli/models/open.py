@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bundles.reader import open_bundle
+from ..bundles.sparsity import Sparsity, read_sparsity
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.hub import resolve
 from ..checkpoint.open import is_bundle, open_checkpoint
@@ -33,6 +34,11 @@ class OpenModel:
     def tokenizer(self) -> Tokenizer:
         """Loaded when first asked for; TokenizerError where there is none."""
         return load_tokenizer(self.checkpoint)
+
+    @cached_property
+    def sparsity(self) -> Sparsity | None:
+        """What `calibrate` added to a bundle; None elsewhere. BundleError where it is damaged or of another bundle."""
+        return read_sparsity(self.checkpoint.path) if self.checkpoint.kind == "bundle" else None
 
     @property
     def exactness(self) -> str:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ from ..report import Recorder
 
 ALIGN = 4096  # of file offsets, lengths and memory in direct reads; what every drive of today accepts
 REQUEST_BYTES = 512 * KiB
+SECTOR = 512  # of records' places and widths
+GAP_BYTES = 8 * KiB  # between two wanted records that are still read as one
+MOST_VIEWS = 256  # pieces of memory of one read; systems allow 1,024
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ class Ticket:
             raise self.error
 
 
-_Request = tuple[Ticket, Path, int, memoryview]  # ticket, file, offset, where to
+# Ticket, file, offset and where to; or a batch of (offset, where to in pieces) and None.
+_Pieces = list[tuple[int, list[memoryview]]]
+_Request = tuple[Ticket, Path, int, memoryview] | tuple[Ticket, Path, _Pieces, None]
 
 
 class FlashStore:
@@ -112,6 +118,9 @@ class FlashStore:
         self.direct = direct
         self.fallback: str | None = None  # why reads are buffered, when direct ones were asked for
         self._files: dict[Path, tuple[int, bool]] = {}
+        self._buffered: dict[Path, int] = {}
+        self._sectors = True  # the drive takes direct reads of 512-byte sectors, as far as is known
+        self._waste_bytes = np.empty(0, np.uint8)
         self._queue: deque[_Request] = deque()
         self._state = threading.Condition()
         self._closed = False
@@ -192,6 +201,34 @@ class FlashStore:
             self._state.notify(len(cuts))
         return ticket
 
+    def promote(self, ticket: Ticket) -> None:
+        """What was read ahead of need is waited for now: what of it nobody has begun goes before all else."""
+        with self._state:
+            mine = [request for request in self._queue if request[0] is ticket]
+            if mine and len(mine) < len(self._queue):
+                rest = [request for request in self._queue if request[0] is not ticket]
+                self._queue.clear()
+                self._queue.extend((*mine, *rest))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take back what of a ticket nobody has begun. The ticket is done once what is under way has ended, and `sizes`
+        are then those of what was read; the buffer must stay until then."""
+        with self._state:
+            mine = [request for request in self._queue if request[0] is ticket]
+            if not mine:
+                return
+            rest = [request for request in self._queue if request[0] is not ticket]
+            self._queue.clear()
+            self._queue.extend(rest)
+            ticket.sizes = ticket.sizes[: len(ticket.sizes) - len(mine)]  # begun in their order
+            ticket.useful = 0
+            ticket._left -= len(mine)
+            over = ticket._left == 0
+        if over:
+            if ticket.error is None and ticket.sizes:
+                self.recorder.io(ticket.kind, ticket.sizes, 0)
+            ticket._done.set()
+
     def read_now(self, extents: Sequence[Extent], kind: str) -> list[np.ndarray]:
         """Read extents and wait: uint8 arrays, in order. For small things and for start-up."""
         from ..device import allocate
@@ -241,6 +278,10 @@ class FlashStore:
 
     def _read_one(self, request: _Request) -> None:
         _, path, offset, target = request
+        if not isinstance(offset, int):
+            self._read_scattered(path, offset)
+            return
+        assert target is not None
         fd, direct = self._files.get(path) or self._open(path)
         done, length = 0, len(target)
         while done < length:
@@ -269,6 +310,81 @@ class FlashStore:
                 self.recorder.busy(now - self._busy_since)
                 self._busy_since = now
 
+    # ---- records
+    def read_records(
+        self, path: Path, base: int, width: int, ids: np.ndarray, slots: np.ndarray, buffer: np.ndarray, kind: str
+    ) -> Ticket:
+        """Read records `ids`, ascending, `width` bytes each, from `base` on in a file into rows `slots` of `buffer`.
+
+        buffer uint8 [rows, width]. Records whose neighbours are wanted too come in one read, scattered to their slots;
+        so do those a small gap apart, the gap going to a place of its own. Reads are dealt to the threads in batches,
+        each of which goes through its own without asking for more: at the sizes of neurons that is what keeps many in
+        flight. `base` and `width` are multiples of SECTOR.
+        """
+        gap = max(0, GAP_BYTES // width)
+        breaks = np.flatnonzero(np.diff(ids) > gap + 1) + 1
+        edges = [0, *breaks.tolist(), len(ids)]
+        wanted, rows = ids.tolist(), slots.tolist()
+        data, waste = buffer.reshape(-1).data, self._waste(gap * width)
+        pieces: _Pieces = []
+        for first, end in pairwise(edges):
+            views: list[memoryview] = []
+            place = wanted[first] if first < end else 0
+            for index in range(first, end):
+                skipped = wanted[index] - place
+                if skipped:
+                    views.append(waste[: skipped * width])
+                views.append(data[rows[index] * width : (rows[index] + 1) * width])
+                place = wanted[index] + 1
+                if len(views) >= MOST_VIEWS:  # the system takes no more in one call
+                    pieces.append((base + (place * width - sum(map(len, views))), views))
+                    views = []
+            if views:
+                pieces.append((base + place * width - sum(map(len, views)), views))
+        batches = [pieces[i :: self.threads] for i in range(min(self.threads, len(pieces)))]
+        sizes = tuple(sum(map(len, views)) for _, views in pieces)
+        ticket = Ticket(kind, sizes, len(wanted) * width)
+        ticket._left = len(batches)
+        with self._state:
+            assert not self._closed, "read after close"
+            self._queue.extendleft((ticket, path, batch, None) for batch in reversed(batches))
+            self._state.notify(len(batches))
+        return ticket
+
+    def _waste(self, nbytes: int) -> memoryview:
+        """A place for bytes between records that nobody wants."""
+        if len(self._waste_bytes) < nbytes:
+            from ..device import allocate
+
+            self._waste_bytes = allocate(nbytes)
+        return self._waste_bytes.data
+
+    def _read_scattered(self, path: Path, pieces: _Pieces) -> None:
+        fd, direct = self._files.get(path) or self._open(path)
+        if direct and not self._sectors:
+            fd, direct = self._open_buffered(path), False
+        for offset, views in pieces:
+            try:
+                got = os.preadv(fd, views, offset)
+            except OSError as error:
+                if direct and error.errno == errno.EINVAL:  # the drive's blocks are larger than our sectors
+                    self._sectors = False
+                    self.fallback = "the drive takes no direct reads of 512 bytes"
+                    return self._read_scattered(path, pieces)
+                raise StorageError(f"Reading {path} at byte {offset} failed: {error.strerror}.") from error
+            if got != sum(map(len, views)):
+                raise CorruptCheckpointError(f"{path} ended at byte {offset + got}: it has shrunk since it was opened.")
+
+    def _open_buffered(self, path: Path) -> int:
+        """A second descriptor, for records that the drive will not give directly; the kernel is told not to read on."""
+        with self._state:
+            if path not in self._buffered:
+                fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                self._buffered[path] = fd
+            return self._buffered[path]
+
     # ---- ending
     def close(self) -> None:
         """Let reads that are under way end, and close the files."""
@@ -278,9 +394,10 @@ class FlashStore:
             self._state.notify_all()
         for worker in self._workers:
             worker.join()
-        for fd, _ in self._files.values():
+        for fd in (*(fd for fd, _ in self._files.values()), *self._buffered.values()):
             os.close(fd)
         self._files.clear()
+        self._buffered.clear()
 
     def __enter__(self) -> FlashStore:
         return self

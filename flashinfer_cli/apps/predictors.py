@@ -1,0 +1,112 @@
+"""Training one layer's predictor (2312.11514, 3.1): which neurons fire, told from the input of the FFN.
+
+A(x) then B: the best linear map of rank r for the gate's own pre-activations under the inputs seen is where training
+starts (a whitened SVD, in closed form); a balanced cross-entropy then bends it from their value to their sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+EPOCHS = 6
+BATCH = 512
+LEARNING_RATE = 1e-3
+
+
+@dataclass
+class Fitted:
+    """A predictor in float32, its threshold in the bias, and what it does on tokens held out of its training."""
+
+    a: torch.Tensor  # [r, d]
+    b: torch.Tensor  # [d_ff, r]
+    bias: torch.Tensor  # [d_ff]
+    density: float
+    predicted: float
+    recall: float
+    precision: float
+    fired: torch.Tensor  # bool [held-out tokens, d_ff]: what is predicted there
+
+    @property
+    def nbytes(self) -> int:
+        """As stored: matrices in float16, the bias in float32."""
+        return 2 * (self.a.numel() + self.b.numel()) + 4 * self.bias.numel()
+
+
+def whitened_svd(x: torch.Tensor, gate: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, d] and B [d_ff, rank] with the least mean squared error of B A x against gate x over the rows of x."""
+    covariance = x.T @ x / len(x)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=1e-8 * float(values.max())).sqrt()
+    u, s, v = torch.linalg.svd(gate @ root, full_matrices=False)
+    back = torch.linalg.pinv(root)
+    return v[:rank] @ back, u[:, :rank] * s[:rank]
+
+
+def fit(
+    x: torch.Tensor, fired: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor | None, rank: int, recall: float,
+    held: int, seed: int = 0,
+) -> Fitted:  # fmt: skip
+    """x float32 [N, d], fired bool [N, d_ff], gate [d_ff, d]; the last `held` rows choose the threshold and judge it.
+
+    The threshold is the highest at which half of the held-out tokens reach `recall`; the other half is what the figures
+    are of.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    learn, judge = slice(0, len(x) - held), slice(len(x) - held, len(x))
+    a, b = whitened_svd(x[learn], gate, rank)
+    bias = torch.zeros(len(gate)) if gate_bias is None else gate_bias.clone()
+    scale = (x[learn][:1024] @ a.T @ b.T + bias).std() / 2
+    a, b, bias = a.clone(), b / scale, bias / scale
+    parameters = [a, b, bias]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    share = fired[learn].float().mean().clamp(1e-4, 0.5)
+    weight = (1 - share) / share  # a silent neuron is the rule: what fires counts as much in sum
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    steps, count = EPOCHS * -(-(len(x) - held) // BATCH), 0
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(x) - held, generator=generator)
+        for rows in order.split(BATCH):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * (1 - count / steps)
+            logits = F.linear(F.linear(x[rows], a), b, bias)
+            loss = F.binary_cross_entropy_with_logits(logits, fired[rows].float(), pos_weight=weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            count += 1
+    with torch.no_grad():
+        a, b, bias = a.half().float(), b.half().float(), bias.clone()
+        logits = F.linear(F.linear(x[judge], a), b, bias)
+        choose, test = slice(0, held // 2), slice(held // 2, held)
+        active = fired[judge]
+        hits = logits[choose][active[choose]]
+        threshold = float(np.quantile(hits.numpy(), 1 - recall)) if len(hits) else 0.0
+        bias -= threshold
+        guessed = logits - threshold > 0
+        both = (guessed[test] & active[test]).sum()
+        return Fitted(
+            a,
+            b,
+            bias,
+            density=float(active[test].float().mean()),
+            predicted=float(guessed[test].float().mean()),
+            recall=float(both / active[test].sum().clamp(min=1)),
+            precision=float(both / guessed[test].sum().clamp(min=1)),
+            fired=guessed[test],
+        )
+
+
+def new_in_window(fired: torch.Tensor, windows: tuple[int, ...]) -> dict[str, float]:
+    """Of the predicted neurons of consecutive tokens, the share of all neurons that none of the last k demanded."""
+    found = {}
+    for k in windows:
+        recent = torch.zeros_like(fired)
+        for back in range(1, k + 1):
+            recent[back:] |= fired[:-back]
+        found[str(k)] = float((fired & ~recent)[k:].float().mean())
+    return found

@@ -1,0 +1,76 @@
+"""What calibration adds to a bundle: a predictor a layer, and what was measured. Two files beside the manifest's.
+
+    predictors.safetensors   layers.N.a [r, d] and layers.N.b [d_ff, r] in float16, layers.N.bias [d_ff] in float32
+    sparsity.json            by layer rank, recall, precision, density; for the model its quality; written last
+
+sparsity.json holds the SHA-256 of the manifest it was made for, so that a bundle made anew does not run with the
+predictors of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BundleError
+from .format import MANIFEST_FILE
+
+PREDICTORS_FILE, SPARSITY_FILE = "predictors.safetensors", "sparsity.json"
+_AGAIN = "Calibrate the bundle again: genai-run calibrate BUNDLE."
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Of one layer, on tokens held out of the predictor's training. Shares of its neurons, but for rank and bytes."""
+
+    layer: int
+    rank: int
+    bytes: int  # of the predictor
+    density: float  # neurons that fire for a token
+    predicted: float  # neurons predicted to
+    recall: float  # of those that fire, how many are predicted
+    precision: float  # of those predicted, how many fire
+    new: dict[str, float] = field(default_factory=dict)  # window of k tokens -> predicted and not in it
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The whole of it. `quality` has perplexity, dense_perplexity and top1_agreement on held-out text."""
+
+    manifest: str
+    tokens: int
+    layers: tuple[LayerSparsity, ...]
+    quality: dict[str, float]
+
+    @property
+    def perplexity_increase(self) -> float:
+        return self.quality["perplexity"] / self.quality["dense_perplexity"] - 1
+
+
+def manifest_digest(bundle: Path) -> str:
+    return hashlib.sha256((bundle / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
+def read_sparsity(bundle: Path) -> Sparsity | None:
+    """What was calibrated; None where nothing was. Raises BundleError when it is damaged or of another bundle."""
+    file = bundle / SPARSITY_FILE
+    if not file.exists():
+        return None
+    try:
+        body: dict[str, Any] = json.loads(file.read_bytes())
+        layers = tuple(LayerSparsity(**layer) for layer in body["layers"])
+        found = Sparsity(str(body["manifest"]), int(body["tokens"]), layers, dict(body["quality"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{file} is damaged: {error!r}.", _AGAIN) from None
+    if found.manifest != manifest_digest(bundle):
+        raise BundleError(f"{bundle} has changed since it was calibrated.", _AGAIN)
+    if not (bundle / PREDICTORS_FILE).is_file():
+        raise BundleError(f"{bundle} has lost its {PREDICTORS_FILE}.", _AGAIN)
+    return found
+
+
+def sparsity_json(found: Sparsity) -> bytes:
+    return (json.dumps(asdict(found), indent=1) + "\n").encode()

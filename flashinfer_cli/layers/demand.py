@@ -1,0 +1,57 @@
+"""Which neurons a token needs, said before any of them is read: the demands of LLM in a Flash (2312.11514)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..kernels import Kernels
+from ..kernels.activations import ACTIVATIONS
+
+
+class Demand(Protocol):
+    """Input of an FFN -> the neurons to compute, ascending."""
+
+    def __call__(self, x: torch.Tensor) -> np.ndarray:
+        """x float32 [1, d], normed as the FFN sees it -> int64 ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRankPredictor:
+    """sigmoid(B A x + bias) > 1/2: d -> r -> d_ff (2312.11514, 3.1), trained on which neurons fired.
+
+    The threshold that calibration chose is in the bias.
+    """
+
+    a: torch.Tensor  # F16 as stored: uint8 [r, 2 d]
+    b: torch.Tensor  # F16: uint8 [d_ff, 2 r]
+    bias: torch.Tensor  # float32 [d_ff]
+    kernels: Kernels
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, d] -> logits [T, d_ff]; above zero is predicted to fire."""
+        low, out = x.new_empty(len(x), len(self.a)), x.new_empty(len(x), len(self.b))
+        self.kernels.linear(x, self.a, "F16", low, 0)
+        self.kernels.linear(low, self.b, "F16", out, 0)
+        return out.add_(self.bias)
+
+    def __call__(self, x: torch.Tensor) -> np.ndarray:
+        return (self.scores(x)[0] > 0).nonzero()[:, 0].cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The neurons that fire, from the gate itself: what a perfect predictor would say. Needs all of it; for tests."""
+
+    gate: torch.Tensor  # float32 [d_ff, d]: the up projection where there is no gate
+    bias: torch.Tensor | None
+    act: str
+
+    def __call__(self, x: torch.Tensor) -> np.ndarray:
+        fired = ACTIVATIONS[self.act](F.linear(x, self.gate, self.bias))[0] != 0
+        return fired.nonzero()[:, 0].cpu().numpy()

@@ -1,0 +1,255 @@
+"""Neurons that are read only when a token needs them: policies, reads, and what may not change a bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import flashinfer_cli as fc
+from flashinfer_cli.bundles.sparsity import (
+    PREDICTORS_FILE,
+    SPARSITY_FILE,
+    LayerSparsity,
+    Sparsity,
+    manifest_digest,
+    sparsity_json,
+)
+from flashinfer_cli.cache.window import POLICIES, Window, make_policy
+from flashinfer_cli.device import allocate
+from flashinfer_cli.errors import BundleError
+from flashinfer_cli.layers.demand import Oracle
+from flashinfer_cli.plan import make_plan
+from flashinfer_cli.report import Recorder
+from flashinfer_cli.store.flash import MOST_VIEWS, FlashStore
+from flashinfer_cli.training import data
+from flashinfer_cli.training.export import write_folder
+from flashinfer_cli.training.model import Decoder
+from flashinfer_cli.training.shape import Shape
+
+SHAPE = Shape(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    hidden_act="relu",
+)
+PROMPT, STEPS = [5, 9, 200, 31], [7, 7, 100, 250, 3, 90, 91, 92, 5, 6]
+
+
+# ------------------------------------------------------------------ policies
+
+
+def test_window_by_hand():
+    policy = Window(10, 10, k=2)
+    assert [a.tolist() for a in policy.demand(np.array([1, 2]))] == [[1, 2], []]
+    assert [a.tolist() for a in policy.demand(np.array([2, 3]))] == [[3], []]
+    missing, gone = policy.demand(np.array([4]))  # the window is now {2, 3} and {4}: 1 goes
+    assert (missing.tolist(), gone.tolist()) == ([4], [1])
+    assert np.flatnonzero(policy.held).tolist() == [2, 3, 4]
+    assert (policy.hits, policy.misses) == (1, 4)
+
+
+def test_a_short_memory_shrinks_the_window():
+    policy = Window(10, 3, k=5)
+    policy.demand(np.array([0, 1]))
+    policy.demand(np.array([2]))
+    _, gone = policy.demand(np.array([3, 4]))  # room for one more: the oldest two of three go
+    assert sorted(gone.tolist()) == [0, 1] and policy.held.sum() == 3
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("capacity", [0, 1, 7, 20, 64])
+def test_policies_keep_their_promises(name, capacity):
+    """Never more than there is room for; what is demanded is held where it fits; every id demanded is counted."""
+    random = np.random.default_rng(capacity)
+    policy = make_policy(name, 64, capacity, 3)
+    held: set[int] = set()
+    asked = 0
+    for _ in range(200):
+        ids = np.flatnonzero(random.random(64) < 0.15)
+        missing, gone = policy.demand(ids)
+        asked += len(ids)
+        assert set(missing.tolist()) == set(ids.tolist()) - held
+        held -= set(gone.tolist())
+        assert not held & set(gone.tolist()) and not set(gone.tolist()) & set(ids.tolist())
+        held = set(np.flatnonzero(policy.held).tolist())
+        assert len(held) <= capacity
+        assert len(held & set(ids.tolist())) == min(len(ids), max(capacity, 0)) or len(ids) <= capacity
+    assert policy.hits + policy.misses == asked
+    assert policy.hits > 0 or capacity < 7
+
+
+# ------------------------------------------------------------------ reads
+
+
+@pytest.mark.parametrize("direct", ["auto", "never"])
+def test_records_land_in_their_rows(tmp_path, direct):
+    width, base, count = 512, 4096, 3000
+    content = np.random.default_rng(1).integers(0, 255, (count, width), np.uint8)
+    (tmp_path / "f").write_bytes(bytes(base) + content.tobytes())
+    random = np.random.default_rng(2)
+    recorder = Recorder()
+    with FlashStore(recorder, direct=direct) as store:
+        for share in (0.002, 0.05, 0.5, 1.0):
+            ids = np.flatnonzero(random.random(count) < share)
+            rows = random.permutation(count)[: len(ids)]
+            buffer = allocate(count * width).reshape(count, width)
+            store.read_records(tmp_path / "f", base, width, ids, rows, buffer, "neuron").wait()
+            assert (buffer[rows] == content[ids]).all()
+            left = np.setdiff1d(np.arange(count), rows)
+            assert not buffer[left].any()  # nothing is written where nothing was asked for
+        store.tick()
+    assert len(ids) > 2 * MOST_VIEWS
+
+
+def test_neighbours_and_small_gaps_are_one_read(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(4096 + 100 * 512))
+    recorder = Recorder()
+    with FlashStore(recorder) as store:
+        buffer = allocate(100 * 512).reshape(100, 512)
+        ids = np.array([0, 1, 2, 5, 60, 61])
+        store.read_records(tmp_path / "f", 4096, 512, ids, np.arange(6), buffer, "neuron").wait()
+    count = recorder.reads["load", "neuron"]
+    assert (count.requests, count.useful, count.bytes) == (2, 6 * 512, 8 * 512)
+
+
+# ------------------------------------------------------------------ the model
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    """A small ReLU model as a bundle, with predictors that are right about half of the time."""
+    folder = tmp_path_factory.mktemp("neurons")
+    torch.manual_seed(1)
+    model = Decoder(SHAPE)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name:
+                parameter.mul_(6)
+    (folder / "m").mkdir()
+    write_folder(model, data.train_tokenizer(["a cat sat on a mat"], 300), folder / "m")
+    out = fc.bundle(folder / "m", folder / "b")
+    write_predictors(out, model)
+    return out
+
+
+def write_predictors(out: Path, model: Decoder | None = None, silent: int | None = None) -> None:
+    torch.manual_seed(2)
+    tensors = {}
+    for layer in range(3):
+        a, b = torch.randn(8, 64), torch.randn(160, 8)
+        bias = torch.randn(160)
+        if silent is not None:
+            bias[silent] = -1e6
+        tensors |= {f"layers.{layer}.a": a.half(), f"layers.{layer}.b": b.half(), f"layers.{layer}.bias": bias}
+    save_file(tensors, out / PREDICTORS_FILE)
+    layers = tuple(LayerSparsity(i, 8, 1, 0.5, 0.5, 0.5, 0.5) for i in range(3))
+    quality = {"perplexity": 2.0, "dense_perplexity": 1.0, "top1_agreement": 0.5}
+    (out / SPARSITY_FILE).write_bytes(sparsity_json(Sparsity(manifest_digest(out), 100, layers, quality)))
+
+
+def decoded(path: Path, **options) -> tuple[torch.Tensor, fc.RunReport]:
+    with fc.load(path, context=32, **options) as engine:
+        session = engine.session()
+        rows = [session.prefill(PROMPT)]
+        rows += [session.step(token) for token in STEPS]
+        return torch.stack(rows), engine.report()
+
+
+def slots_of(monkeypatch, nbytes: int) -> None:
+    """Have the next runs with stream="always" keep so many bytes of neurons: no budget is that exact."""
+    monkeypatch.setattr(
+        "flashinfer_cli.engine.make_plan", lambda *a, **k: replace(make_plan(*a, **k), neuron_bytes=nbytes)
+    )
+
+
+def test_no_cache_changes_a_bit(bundle, monkeypatch):
+    """The predictor being fixed: resident, streamed, every policy and window, few or many at once."""
+    want, report = decoded(bundle)
+    assert report.exactness == "sparse"
+    width, requests = 512, []
+    for neurons in (0, 1, 20, 100, 160):
+        slots_of(monkeypatch, 3 * neurons * width)
+        for policy in POLICIES:
+            got, report = decoded(bundle, stream="always", neuron_policy=policy, window=3)
+            assert torch.equal(got, want)
+            requests.append(sum(io["bytes"] for io in report.io if io["kind"] == "neuron"))
+    assert max(requests) == requests[0] > 2 * min(requests) > 0  # or the test would show nothing
+
+
+def test_the_oracle_gives_the_dense_tokens(bundle, monkeypatch):
+    dense, report = decoded(bundle, exact=True)
+    assert report.exactness == "exact"
+
+    def oracles(path, layers, kernels, device):
+        found = {}
+        if not layers:
+            return found
+        with fc.load(bundle, exact=True, context=32) as engine:
+            from flashinfer_cli.apps.calibrate import _gate
+
+            for layer in layers:
+                gate, bias = _gate(engine.decoder.blocks[layer].ffn, engine)
+                found[layer] = Oracle(gate, bias, "relu")
+        return found
+
+    monkeypatch.setattr("flashinfer_cli.engine.load_predictors", oracles)
+    for options in ({}, {"stream": "always"}):
+        got, report = decoded(bundle, **options)
+        assert report.exactness == "sparse"
+        assert (got - dense).abs().max() < 1e-4 and torch.equal(got.argmax(-1), dense.argmax(-1))
+
+
+def test_skipped_neurons_are_neither_read_nor_computed(bundle, tmp_path):
+    """A neuron that is never predicted may hold anything: only a prompt, which is dense, would meet it."""
+    import shutil
+
+    copy = tmp_path / "b"
+    shutil.copytree(bundle, copy)
+    write_predictors(copy, silent=17)
+    _, report = decoded(copy, stream="always")
+    neurons = [io for io in report.io if io["phase"] == "decode" and io["kind"] == "neuron"]
+    assert len(neurons) == 1
+    from flashinfer_cli.models.open import open_model
+
+    opened = open_model(copy)
+    width = opened.checkpoint.records[0].width_bytes
+    assert neurons[0]["useful"] % width == 0 and neurons[0]["useful"] < len(STEPS) * 3 * 160 * width
+    for layer in range(3):
+        info = opened.checkpoint.tensors[opened.checkpoint.records[layer].tensor]
+        with open(info.path, "r+b") as file:
+            file.seek(info.offset + 17 * width)
+            file.write(np.full(width // 2, 0x7FC0, np.uint16).tobytes())  # NaN
+    with fc.load(copy, context=32, stream="always") as engine:
+        session = engine.session()
+        session._phase("decode", 1)  # a prompt of one token at a time, sparse as all that follows
+        rows = [session.step(token) for token in [*PROMPT, *STEPS]]
+        assert torch.isfinite(torch.stack(rows)).all()
+
+
+@pytest.mark.parametrize("damage", ["manifest", "json", "predictors", "gone"])
+def test_stale_or_damaged_calibrations_are_refused(bundle, tmp_path, damage):
+    import shutil
+
+    copy = tmp_path / "b"
+    shutil.copytree(bundle, copy)
+    if damage == "manifest":
+        body = json.loads((copy / SPARSITY_FILE).read_text())
+        (copy / SPARSITY_FILE).write_text(json.dumps({**body, "manifest": "0" * 64}))
+    elif damage == "json":
+        (copy / SPARSITY_FILE).write_text("{")
+    elif damage == "predictors":
+        (copy / PREDICTORS_FILE).write_bytes(b"nothing")
+    else:
+        (copy / PREDICTORS_FILE).unlink()
+    with pytest.raises(BundleError, match=r"calibrat|lost|damaged|read"):
+        fc.load(copy, context=32)
+    with fc.load(copy, context=32, exact=True) as engine:  # what needs no predictors still runs
+        assert engine.report().exactness == "exact"
