@@ -112,10 +112,10 @@ class Console:
         except BrokenPipeError:
             return
 
-    def progress(self, done: int, total: int, what: str) -> None:
-        """Called again and again during long work; shows nothing of what is quickly over."""
+    def progress(self, done: int, total: int, what: str, figures: str = "") -> None:
+        """Called again and again during long work; shows nothing of what is quickly over. `figures` may change."""
         if not self.quiet:
-            self._work.update(done, total, what)
+            self._work.update(done, total, what, figures)
 
     def clear(self) -> None:
         """Take the bar away."""
@@ -133,7 +133,7 @@ class _Work:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
-    def update(self, done: int, total: int, what: str) -> None:
+    def update(self, done: int, total: int, what: str, figures: str = "") -> None:
         now = time.monotonic()
         if what != self.what:
             self.clear()
@@ -142,13 +142,14 @@ class _Work:
             self.clear()
         elif now >= self.next:
             self.next = now + self.every
-            self._show(done, total)
+            self._show(done, total, figures)
 
-    def _show(self, done: int, total: int) -> None:
+    def _show(self, done: int, total: int, figures: str) -> None:
+        what = f"{self.what}, {figures}" if figures else self.what
         if not self.live:
             share = f" {done / total:.0%}" if total else ""
             try:
-                self.stream.write(f"{self.what}{share}\n")
+                self.stream.write(f"{what}{share}\n")
                 self.stream.flush()
             except BrokenPipeError:
                 return
@@ -158,7 +159,7 @@ class _Work:
             self.task = self.bar.add_task(self.what, total=total or None, start=True)
             self.bar.start()
         assert self.task is not None
-        self.bar.update(self.task, completed=done, total=total or None)
+        self.bar.update(self.task, completed=done, total=total or None, description=what)
         self.bar.refresh()
 
     def clear(self) -> None:

@@ -21,6 +21,8 @@ from .generate import generate
 from .options import spread
 from .running import INTERRUPTED
 from .studies import bundle, evaluate, inspect, plan, profile
+from .train import several, train
+from .zoo import zoo
 
 NAME = "genai-run"
 app = typer.Typer(
@@ -33,6 +35,7 @@ for _command, _panel in (
     (generate, "Run"), (chat, "Run"),
     (inspect, "Prepare"), (plan, "Prepare"), (bundle, "Prepare"), (calibrate, "Prepare"),
     (profile, "Measure"), (evaluate, "Measure"),
+    (train, "Train"), (zoo, "Train"),
 ):  # fmt: skip
     app.command(rich_help_panel=_panel)(spread(_command))
 
@@ -58,7 +61,14 @@ def root(
 def run(argv: list[str]) -> int:
     """One command; gives the exit code. Every failure ends in a sentence on stderr, never in a traceback."""
     try:
-        return int(app(args=argv or ["--help"], prog_name=NAME, standalone_mode=False) or 0)
+        return int(
+            app(
+                args=several(argv) if argv[:1] == ["train"] else argv or ["--help"],
+                prog_name=NAME,
+                standalone_mode=False,
+            )
+            or 0
+        )
     except OutputClosedError:
         _abandon_stdout()
         return 0
