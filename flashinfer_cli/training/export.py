@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer
 
 from .data import END
@@ -53,5 +53,5 @@ def write_folder(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=False))
     temporary = out / "model.safetensors.tmp"
-    save_file(checkpoint_tensors(model), temporary, metadata={"format": "pt"})
+    temporary.write_bytes(save(checkpoint_tensors(model), metadata={"format": "pt"}))
     temporary.replace(out / "model.safetensors")
