@@ -173,6 +173,11 @@ class RunConfig:
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
+    expert_policy: Literal["stale", "lru", "lru-layer", "lfu", "pinned"] = "stale"  # which experts stay (an MoE)
+    prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
+    lookahead: int = 1  # layers ahead to guess the experts of
+    cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
+    keep_top: int | None = None  # with it, the best that are chosen in any case; None: 1 of at most 8 experts, else 2
     logit_rows: int = 1  # rows of logits held at once: one to generate, more to evaluate
     # compiled: made now if need be; reference: the plain torch twins; auto: compiled, unless they are still to be made
     # and the model is too small to be worth it.
@@ -184,12 +189,30 @@ class RunConfig:
             raise UsageError(f"--stream is '{self.stream}', which is none of auto, always, never.")
         if self.context is not None and self.context < 1:
             raise UsageError(f"--context is {self.context}; it must be at least 1.")
+        if self.prefetch_experts not in ("auto", "off"):
+            try:
+                object.__setattr__(self, "prefetch_experts", int(self.prefetch_experts))
+            except ValueError:
+                raise UsageError(
+                    f"--prefetch-experts is '{self.prefetch_experts}'; it must be auto, off or a number."
+                ) from None
+        if isinstance(self.prefetch_experts, int) and self.prefetch_experts < 0:
+            raise UsageError(f"--prefetch-experts is {self.prefetch_experts}; it must be 0 or more.")
+        if self.expert_policy not in EXPERT_POLICIES:
+            raise UsageError(
+                f"--expert-policy is '{self.expert_policy}', which is none of {', '.join(EXPERT_POLICIES)}."
+            )
+        if not 1 <= self.lookahead <= 2:
+            raise UsageError(f"--lookahead is {self.lookahead}; it must be 1 or 2 layers.")
+        if not self.cache_bias >= 0 or (self.keep_top is not None and self.keep_top < 0):
+            raise UsageError("--cache-bias and --keep-top must be 0 or more.")
         if self.window < 1:
             raise UsageError(f"--window is {self.window}; it must be at least 1 token.")
         if (self.io_threads is not None and self.io_threads < 1) or self.prefill_chunk < 1:
             raise UsageError("The I/O threads and the prefill chunk must be at least 1.")
 
 
+EXPERT_POLICIES = ("stale", "lru", "lru-layer", "lfu", "pinned")
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet

@@ -26,7 +26,7 @@ from .models.layout import ModelLayout, lay_out, sizes_of
 from .models.open import OpenModel, open_model
 from .models.predictors import load_predictors
 from .plan import MemoryPlan, make_plan
-from .report import Recorder, RunReport, io_rows, layer_rows, phase_report
+from .report import Recorder, RunReport, expert_rows, io_rows, layer_rows, phase_report
 from .store.flash import FlashStore
 from .store.tuning import Reading, drive_of, kept, reading_of
 from .tokenizer import Tokenizer
@@ -134,7 +134,8 @@ class Engine:
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
-                self.decoder = builder.build(predictors, run.neuron_policy, run.window)
+                self.decoder = builder.build(run, predictors)
+                self.experts = builder.experts
                 self.store.tick()
             assert self.run.context is not None
             self._kv = KVCache(model.config, self.run.context, self.device.name)
@@ -234,6 +235,22 @@ class Engine:
         return ChatSession(self.tokenizer, self.session(), self.continue_session, system)
 
     # ---- what it did
+    @property
+    def exactness(self) -> str:
+        """ "sparse" where neurons are skipped or routing prefers what is in the cache, else as the weights are."""
+        biased = self.run.cache_bias > 0 and self.experts is not None
+        return "sparse" if self.sparsity is not None or biased else self.model.exactness
+
+    def _expert_cache(self) -> dict[str, Any] | None:
+        cache = self.experts
+        if cache is None:
+            return None
+        return {
+            "policy": self.run.expert_policy, "slots": cache.policy.capacity, "experts": cache.policy.total,
+            "transit": cache.slots - cache.policy.capacity, "slot_bytes": cache.slot_bytes,
+            "prefetch": cache.guessing.verdict(), "lookahead": cache.lookahead, "cache_bias": self.run.cache_bias,
+        }  # fmt: skip
+
     def _check(self, logits: torch.Tensor) -> None:
         """Raises CorruptCheckpointError, naming the tensor at fault where there is one, when logits are not numbers."""
         if torch.isnan(logits).any():
@@ -254,7 +271,7 @@ class Engine:
         }
         return RunReport(
             model=self.model.describe(),
-            exactness="sparse" if self.sparsity is not None else self.model.exactness,
+            exactness=self.exactness,
             device=self.device.name,
             kernels=self.kernels.name,
             threads=self.threads,
@@ -274,6 +291,8 @@ class Engine:
             steps=tuple(recorder.steps),
             wasted_bytes=recorder.wasted_bytes,
             first_token_seconds=self._first_token,
+            experts=expert_rows(recorder),
+            expert_cache=self._expert_cache(),
             drive=self.drive,
             warnings=tuple(self.warnings),
         )

@@ -54,8 +54,8 @@ class MemoryPlan:
     ring_bytes: int
     neuron_bytes: int  # slots for neurons that predictors ask for; 0 where they are pinned or there are no predictors
     demand_bytes: int  # a second ring, for slices that are asked for when a token turns out to need them
-    experts_per_layer: int
-    transit_experts: int
+    expert_slots: int  # experts that stay, of all layers together
+    transit_experts: int  # slots for those on their way, and for guesses
     table_stays: bool
     resident_bytes: int
     streamed_bytes: int
@@ -158,7 +158,7 @@ def make_plan(
     left = budget - fixed(chunk) - transit * sizes.expert
     room = left if card is None else card - kv - sizes.always - sizes.scratch(chunk) - RESERVE
     pinned: tuple[bool, ...] = (False,) * len(sizes.slices)
-    per_layer = 0
+    slots = 0
     if always:
         left -= ring
     elif room >= all_slices:
@@ -178,22 +178,19 @@ def make_plan(
     if sizes.neurons and not all(pinned) and not always:
         neurons = min(sizes.neurons, max(0, left))
         left -= neurons
-    if has_experts and not always:
-        most = max(sizes.experts_by_layer)
-        if left >= num_experts * sizes.expert:
-            per_layer = most
-        else:
-            more = min(sizes.experts_per_tok - transit, max(0, left // 4 // sizes.expert))
-            transit, left = transit + more, left - more * sizes.expert
-            per_layer = min(most, left // sizes.expert // len(sizes.experts_by_layer))
+    if has_experts and not always and left >= num_experts * sizes.expert:
+        slots = num_experts
+    elif has_experts:  # what one token asks of a layer may be on its way, beside one that is computed
+        more = min(sizes.experts_per_tok, max(0, left // 4 // sizes.expert))
+        transit, left = transit + more, left - more * sizes.expert
+        slots = 0 if always else min(num_experts, max(0, left) // sizes.expert)
 
     kept = sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p)
-    in_full = all(pinned) and not always and per_layer >= max(sizes.experts_by_layer, default=0)
-    left -= sum(min(per_layer, n) for n in sizes.experts_by_layer) * sizes.expert
+    in_full = all(pinned) and not always and slots == num_experts
+    left -= slots * sizes.expert
     table_stays = in_full and 0 < sizes.table <= (left if card is None else room - all_slices)
-    cached = sum(min(per_layer, n) for n in sizes.experts_by_layer)
-    expert_bytes = cached * sizes.expert
-    streamed = all_slices - kept + (num_experts - cached) * sizes.expert
+    expert_bytes = slots * sizes.expert
+    streamed = all_slices - kept + (num_experts - slots) * sizes.expert
     parts = [
         PlanPart("process", process, note="interpreter, libraries, tokenizer"),
         PlanPart("always resident", sizes.always, note="norms, biases, routers"),
@@ -210,7 +207,7 @@ def make_plan(
             4, PlanPart("neuron slots", neurons + sizes.neuron_block, note=f"{neurons / sizes.neurons:.0%} of them")
         )
     if has_experts:
-        note = f"{per_layer} a layer, {transit} on their way"
+        note = f"{slots} of {num_experts}, {transit} on their way"
         parts.insert(4, PlanPart("expert slots", expert_bytes + transit * sizes.expert, note=note))
     return MemoryPlan(
         budget=budget,
@@ -221,7 +218,7 @@ def make_plan(
         ring_bytes=ring,
         neuron_bytes=neurons,
         demand_bytes=demand,
-        experts_per_layer=per_layer,
+        expert_slots=slots,
         transit_experts=transit,
         table_stays=table_stays,
         resident_bytes=sizes.always + kept + expert_bytes + sizes.table * table_stays,

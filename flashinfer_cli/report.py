@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -45,6 +45,19 @@ class PhaseCount:
     skipped: int = 0
 
 
+@dataclass
+class ExpertCount:
+    """What happened to a layer's experts in one phase. `recall` counts by how many layers ahead a guess was made."""
+
+    hits: int = 0
+    misses: int = 0
+    guessed: int = 0  # reads ahead of need that have been settled
+    right: int = 0  # of these, experts that were then needed
+    wasted_bytes: int = 0
+    uses: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # expert -> passes that needed it
+    recall: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))  # ahead -> [named, of]
+
+
 @dataclass(frozen=True)
 class Step:
     """One pass of the decode loop: the first few are cold, the rest warm."""
@@ -65,6 +78,7 @@ class Recorder:
         self.sizes: dict[int, int] = defaultdict(int)  # request bytes, rounded up to a power of two -> count
         self.layers: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])  # -> [wait, compute]
         self.neuron_counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])  # -> [computed, of]
+        self.expert_counts: dict[tuple[str, int], ExpertCount] = defaultdict(ExpertCount)
         self.steps: list[Step] = []
         self.layer = -1  # -1 embedding, 0.. the layers, num_hidden_layers the head
         self.wasted_bytes = 0  # read ahead of need and never used
@@ -134,6 +148,27 @@ class Recorder:
         total = self.neuron_counts[self.phase, layer]
         total[0] += computed
         total[1] += count
+
+    def experts(self, layer: int, hits: Sequence[int], misses: Sequence[int], named: Mapping[int, list[int]]) -> None:
+        """A pass needed these experts of a layer; `named` were guessed, best first, by how many layers ahead."""
+        count = self.expert_counts[self.phase, layer]
+        count.hits += len(hits)
+        count.misses += len(misses)
+        needed = {*hits, *misses}
+        for expert in needed:
+            count.uses[expert] += 1
+        for ahead, guessed in named.items():
+            recall = count.recall[ahead]
+            recall[0] += len(needed.intersection(guessed[: len(needed)]))
+            recall[1] += len(needed)
+
+    def guess(self, layer: int, right: bool, nbytes: int) -> None:
+        """A guessed read of a layer's expert has come out right, or wrong and so many bytes were read for nothing."""
+        count = self.expert_counts[self.phase, layer]
+        count.guessed += 1
+        count.right += right
+        count.wasted_bytes += nbytes
+        self.wasted_bytes += nbytes
 
     def skips(self, tokens: int, skipped: int) -> None:
         """So many tokens came to a block that may be skipped, and so many of them did."""
@@ -207,6 +242,8 @@ class RunReport:
     steps: tuple[Step, ...]
     wasted_bytes: int
     first_token_seconds: float | None
+    experts: tuple[dict[str, Any], ...] = ()  # phase, layer, hits, misses, guessed, right, wasted_bytes, recall, uses
+    expert_cache: dict[str, Any] | None = None  # policy, slots, slot_bytes, transit, prefetch and its verdict, bias
     drive: dict[str, Any] | None = None  # request_bytes, depth, bytes_per_second: measured in place
     warnings: tuple[str, ...] = field(default=())
 
@@ -282,6 +319,20 @@ def layer_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:
             row |= {f"{phase}_wait": wait, f"{phase}_compute": compute}
         rows.append(row)
     return tuple(rows)
+
+
+def expert_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:
+    """Experts by phase and layer. `recall` is the share of those needed that were among as many guesses."""
+    return tuple(
+        {
+            "phase": phase, "layer": layer, "hits": count.hits, "misses": count.misses,
+            "guessed": count.guessed, "right": count.right, "wasted_bytes": count.wasted_bytes,
+            "recall": {ahead: found / of for ahead, (found, of) in sorted(count.recall.items()) if of},
+            "uses": dict(sorted(count.uses.items())),
+        }
+        for (phase, layer), count in sorted(recorder.expert_counts.items())
+        if phase != "load"
+    )  # fmt: skip
 
 
 def io_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:

@@ -81,7 +81,7 @@ def test_table_stays_only_when_all_else_does() -> None:
 def test_always_streams_everything_and_never_refuses() -> None:
     always = plan(dense(), 4000 * MiB, stream="always")
     assert not any(always.pinned) and always.streamed_bytes == 600 * MiB and not always.table_stays
-    assert plan(MOE, 4000 * MiB, stream="always").experts_per_layer == 0
+    assert plan(MOE, 4000 * MiB, stream="always").expert_slots == 0
     with pytest.raises(BudgetError, match="never"):
         plan(dense(), 700 * MiB, stream="never")
     assert plan(dense(), 4000 * MiB, stream="never").everything_fits
@@ -89,9 +89,9 @@ def test_always_streams_everything_and_never_refuses() -> None:
 
 def test_moe_at_full_memory_keeps_every_expert() -> None:
     made = plan(MOE, 2000 * MiB)
-    assert made.experts_per_layer == 16 and made.everything_fits
+    assert made.expert_slots == 16 * 8 and made.everything_fits
     half = plan(MOE, 900 * MiB)
-    assert 0 < half.experts_per_layer < 16 and all(half.pinned)
+    assert 0 < half.expert_slots < 16 * 8 and all(half.pinned)
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(0, 4000))

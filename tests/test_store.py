@@ -129,3 +129,65 @@ def test_failed_direct_read_falls_back(data: tuple[Path, bytes], monkeypatch: py
 def test_drive_rate_is_positive(data: tuple[Path, bytes]) -> None:
     rate = measure(data[0], request_bytes=64 * 1024, depth=2, seconds=0.02)
     assert rate.bytes_per_second > 0 and rate.request_bytes == 64 * 1024
+
+
+def _queued(store: FlashStore, path: Path, count: int, size: int) -> tuple[np.ndarray, list]:
+    """Reads behind one that holds up the only thread."""
+    buffer = allocate(count * 2 * ALIGN)
+    gate = threading.Event()
+    inner, store._read_one = store._read_one, lambda *request: (gate.wait(10), inner(*request))
+    spans = [span_of([Extent(path, i * 5000, size)]) for i in range(count)]
+    tickets = [store.read(span, buffer, i * 2 * ALIGN, "ahead") for i, span in enumerate(spans)]
+    while store._queue and len(store._queue) == count:  # until the thread has taken the first
+        time.sleep(0.001)
+    return buffer, [gate, spans, tickets]
+
+
+def test_what_nobody_began_can_be_taken_back(data: tuple[Path, bytes]) -> None:
+    path, content = data
+    recorder = Recorder()
+    with FlashStore(recorder, threads=1) as store:
+        buffer, (gate, spans, tickets) = _queued(store, path, 4, 4000)
+        assert store.cancel(tickets[0]) and not tickets[0].ready  # under way: its buffer must stay
+        assert not store.cancel(tickets[2]) and tickets[2].ready and tickets[2].sizes == ()
+        assert store.promote(tickets[0]) and not store.promote(tickets[3])
+        assert [request[0] for request in store._queue] == [tickets[3], tickets[1]]
+        gate.set()
+        for i in (0, 1, 3):
+            tickets[i].wait()
+            start = i * 2 * ALIGN + spans[i].starts[0]
+            assert buffer[start : start + 4000].tobytes() == content[i * 5000 : i * 5000 + 4000]
+        assert not buffer[4 * ALIGN : 6 * ALIGN].any()
+    assert recorder.reads["load", "ahead"].requests == 3
+
+
+def test_a_read_taken_back_in_part_counts_what_was_read(data: tuple[Path, bytes]) -> None:
+    path, _ = data
+    recorder = Recorder()
+    with FlashStore(recorder, threads=1, request_bytes=ALIGN) as store:
+        buffer = allocate(16 * ALIGN)
+        gate = threading.Event()
+        inner, store._read_one = store._read_one, lambda *request: (gate.wait(10), inner(*request))
+        ticket = store.read(span_of([Extent(path, 0, 8 * ALIGN)]), buffer, 0, "ahead")
+        while len(store._queue) == 8:
+            time.sleep(0.001)
+        assert store.cancel(ticket) and ticket.sizes == (ALIGN,) and not ticket.ready
+        gate.set()
+        ticket.wait()
+    found = recorder.reads["load", "ahead"]
+    assert (found.requests, found.bytes, found.useful) == (1, ALIGN, 0)
+
+
+def test_closing_leaves_nobody_waiting(data: tuple[Path, bytes]) -> None:
+    path, _ = data
+    store = FlashStore(Recorder(), threads=1)
+    _, (gate, _, tickets) = _queued(store, path, 3, 100)
+    closer = threading.Thread(target=store.close)
+    closer.start()
+    while store._queue:
+        time.sleep(0.001)
+    gate.set()
+    closer.join(10)
+    tickets[0].wait()
+    with pytest.raises(StorageError, match="closed"):
+        tickets[2].wait()

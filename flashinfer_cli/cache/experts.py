@@ -1,29 +1,46 @@
-"""The expert cache (2312.17238): experts in preallocated slots, the most recently used of each layer staying.
+"""The expert cache (2312.17238): experts in preallocated slots under one byte budget, any expert in any slot.
 
-Experts are handed out by an iterator, resident ones first and the rest as their reads end, so that computing covers
-I/O. Eviction drops: weights are read-only and nothing is ever copied, a slot only changes hands.
+Which experts stay is the policy's to say, at the moment they are demanded; so the slots of those that go take the
+reads at once. Experts are handed out by an iterator, resident ones first and the rest as their reads end, so that
+computing covers I/O. Eviction drops: weights are read-only and nothing is ever copied, a slot only changes hands.
+
+Guesses of what a layer will need (speculative loading) are read into transit slots, behind every demanded read. One
+that is demanded becomes the read that would have been made; the others are taken back, and nothing of them stays. The
+policy never hears of guesses, so hits, and what stays, do not depend on timing.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..checkpoint.base import Extent
 from ..device import Device, allocate
 from ..report import Recorder
 from ..store.flash import FlashStore, Span, Ticket, span_of
-from .policy import Lru
+from .guesses import Guessing
+from .policy import Key, Policy
+from .trace import TraceWriter
+
+
+@dataclass
+class _Guess:
+    slot: int
+    ticket: Ticket
+    rank: int
+    nbytes: int
 
 
 class ExpertCache:
-    """Slots for the experts of all layers under one byte budget.
+    """Slots for the experts of all layers.
 
-    `extents[layer][expert]` are the pieces of an expert (one in a bundle, two or three in other files). Each layer
-    keeps `per_layer` experts; `transit` more slots, at least one, take what is on its way in. All slots have one
-    size, so any expert fits any slot.
+    `extents[layer][expert]` are the pieces of an expert (one in a bundle, two or three in other files). `policy` keeps
+    as many experts as it has room for, 0 at the least; `transit` more slots, at least one, take what is on its way in,
+    and all but one of them may hold guesses.
     """
 
     def __init__(
@@ -33,68 +50,126 @@ class ExpertCache:
         recorder: Recorder,
         extents: dict[int, list[tuple[Extent, ...]]],
         *,
-        per_layer: int,
+        policy: Policy,
         transit: int,
+        prefetch: str | int = "off",
+        lookahead: int = 1,
     ) -> None:
         assert transit >= 1
         self.store, self.device, self.recorder = store, device, recorder
         self.spans: dict[int, list[Span]] = {layer: [span_of(e) for e in experts] for layer, experts in extents.items()}
         self.extents = extents
         self.slot_bytes = max(span.nbytes for spans in self.spans.values() for span in spans)
-        self.policies = {layer: Lru(min(per_layer, len(experts))) for layer, experts in extents.items()}
-        count = sum(policy.capacity for policy in self.policies.values()) + transit
-        self.buffer = allocate(count * self.slot_bytes)
-        self._free = deque(range(count))
-        self._slot: dict[tuple[int, int], int] = {}
+        self.policy = policy
+        self.first_layer = min(extents)
+        spare = 0 if policy.capacity >= policy.total else transit - 1
+        self.guessing = Guessing(prefetch, spare)
+        self.lookahead = lookahead
+        self.trace: TraceWriter | None = None
+        self.slots = policy.capacity + transit
+        self.buffer = allocate(self.slots * self.slot_bytes)
+        self._free = deque(range(self.slots))
+        self._slot: dict[Key, int] = {}
+        self._guesses: dict[Key, _Guess] = {}
+        self._draining: list[tuple[int, Ticket]] = []  # slots of guesses taken back, until their reads end
+        self._arrivals: _Arrivals | None = None
+        self._named: dict[int, dict[int, list[int]]] = {}  # layer -> layers ahead -> experts guessed, best first
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """Yield (expert, its pieces as uint8 tensors on the device) for each id, resident ones first.
+    # ---- demands
+    def fetch(self, layer: int, chosen: np.ndarray) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Start bringing in what the tokens of a pass chose, int [T, k], best first, -1 for none.
 
-        The pieces are valid until the next item is asked for. Every iterator must be run to its end or closed.
+        The result yields (expert, its pieces as uint8 tensors on the device), resident ones first. The pieces are
+        valid until the next item is asked for. It must be run to its end or closed before the next fetch.
         """
-        policy = self.policies[layer]
-        present = [e for e in experts if policy.touch(e)]
-        missing = deque(e for e in experts if (layer, e) not in self._slot)
-        self.recorder.cache(len(present), len(missing))
-        pending: deque[tuple[int, int, Ticket]] = deque()
+        recorder = self.recorder
+        if self._arrivals is not None:
+            self._arrivals.abandon()
+        if layer == self.first_layer and recorder.phase == "decode":
+            self.guessing.begin(recorder.steps[-1].seconds if recorder.steps else None)
+        if self.trace is not None:
+            self.trace.demand(recorder.phase, layer, chosen)
+        outcome = self.policy.demand(layer, chosen, recorder.phase)
+        recorder.cache(len(outcome.present), len(outcome.missing))
+        needed = {*outcome.present, *outcome.missing}
+        recorder.experts(layer, outcome.present, outcome.missing, self._named.pop(layer, {}))
+        for key in outcome.gone:
+            if key[0] != layer or key[1] not in needed:
+                self._free.append(self._slot.pop(key))
+        for key in [key for key in self._guesses if key[0] == layer and key[1] not in needed]:
+            self._drop(key)
+        self._arrivals = _Arrivals(self, layer, outcome.present, outcome.missing)
+        return iter(self._arrivals)
 
-        def issue() -> None:
-            while missing and self._free:
-                expert, slot = missing.popleft(), self._free.popleft()
-                span = self.spans[layer][expert]
-                place = slot * self.slot_bytes
-                pending.append((expert, slot, self.store.read(span, self.buffer, place, "expert", urgent=True)))
+    def _begin(self, layer: int, expert: int, *, may_wait: bool) -> tuple[int, Ticket] | None:
+        """Start reading a demanded expert, or take over the guess that did; None where there is no slot yet."""
+        guess = self._guesses.pop((layer, expert), None)
+        if guess is not None:
+            begun = guess.ticket.ready or self.store.promote(guess.ticket)
+            self.guessing.settle(guess.rank, True, begun)
+            self.recorder.guess(layer, right=True, nbytes=0)
+            return guess.slot, guess.ticket
+        slot = self._take(may_wait)
+        if slot is None:
+            return None
+        span = self.spans[layer][expert]
+        return slot, self.store.read(span, self.buffer, slot * self.slot_bytes, "expert", urgent=True)
 
-        try:
-            issue()
-            for expert in present:
-                yield expert, self._pieces(layer, expert, self._slot[layer, expert])
-            while pending:
-                expert, slot, ticket = pending[0]
-                if not ticket.ready:
-                    with self.recorder.waiting():
-                        ticket.wait()
-                elif ticket.error is not None:
-                    ticket.wait()
-                yield expert, self._pieces(layer, expert, slot)
-                pending.popleft()
-                self._admit(layer, expert, slot)
-                issue()
-        finally:
-            for _, slot, ticket in pending:  # only after an error, or an iterator left early
-                ticket._done.wait()
-                self._free.append(slot)
+    def _take(self, may_wait: bool) -> int | None:
+        """A free slot; guesses make way, the newest first, and are waited for only where nothing else is coming."""
+        if not self._free:
+            self._drain()
+        while not self._free and self._guesses:
+            self._drop(next(reversed(self._guesses)))
+        if not self._free and may_wait and self._draining:
+            with self.recorder.waiting():
+                self._draining[0][1]._done.wait()
+            self._drain()
+        return self._free.popleft() if self._free else None
 
-    def _admit(self, layer: int, expert: int, slot: int) -> None:
-        victim = self.policies[layer].admit(expert)
-        if victim == expert:
-            self._free.append(slot)
+    # ---- guesses
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """How many layers ahead to guess."""
+        if self.trace is not None:
+            return (1, 2, 4)
+        return tuple(range(1, self.lookahead + 1)) if self.guessing.most else ()
+
+    def guess(self, layer: int, ahead: int, experts: Sequence[int]) -> None:
+        """`experts`, best first, are what a layer to come is thought to need: read the first of them ahead of need."""
+        self._named.setdefault(layer, {})[ahead] = list(experts)
+        if self.trace is not None:
+            self.trace.guess(layer, ahead, list(experts))
+        if ahead > self.lookahead:
             return
-        self._slot[layer, expert] = slot
-        if victim is not None:
-            assert isinstance(victim, int)
-            self._free.append(self._slot.pop((layer, victim)))
+        self._drain()
+        for rank, expert in enumerate(experts[: self.guessing.number()]):
+            key = (layer, expert)
+            if key in self._slot or key in self._guesses:
+                continue
+            if len(self._guesses) + len(self._draining) >= self.guessing.most or len(self._free) < 2:
+                return
+            slot, span = self._free.popleft(), self.spans[layer][expert]
+            ticket = self.store.read(span, self.buffer, slot * self.slot_bytes, "guess")
+            self._guesses[key] = _Guess(slot, ticket, rank, span.nbytes)
 
+    def _drop(self, key: Key) -> None:
+        guess = self._guesses.pop(key)
+        begun = self.store.cancel(guess.ticket)
+        self.guessing.settle(guess.rank, False, begun)
+        self.recorder.guess(key[0], right=False, nbytes=sum(guess.ticket.sizes))
+        if guess.ticket.ready:
+            self._free.append(guess.slot)
+        else:
+            self._draining.append((guess.slot, guess.ticket))
+
+    def _drain(self) -> None:
+        """Take back the slots of guesses whose reads have ended by now."""
+        if self._draining:
+            self._free.extend(slot for slot, ticket in self._draining if ticket.ready)
+            self._draining = [(slot, ticket) for slot, ticket in self._draining if not ticket.ready]
+
+    # ---- what is here
     def _pieces(self, layer: int, expert: int, slot: int) -> list[torch.Tensor]:
         base = slot * self.slot_bytes
         starts, extents = self.spans[layer][expert].starts, self.extents[layer][expert]
@@ -102,8 +177,76 @@ class ExpertCache:
         return [self.device.put(torch.from_numpy(piece)) for piece in pieces]
 
     def fill(self) -> None:
-        """Bring in every expert that may stay: where all fit, so that the first tokens are not slower than the rest."""
-        for layer, policy in self.policies.items():
-            for _ in self.fetch(layer, range(policy.capacity)):
+        """Bring in every expert: where all fit, so that the first tokens are not slower than the rest."""
+        for layer, spans in self.spans.items():
+            for _ in self.fetch(layer, np.arange(len(spans))[None]):
                 pass
-            policy.hits = policy.misses = 0
+
+
+class _Arrivals:
+    """The experts of one demand on their way. Reads have begun as far as there are slots."""
+
+    def __init__(self, cache: ExpertCache, layer: int, present: list[int], missing: list[int]) -> None:
+        self.cache, self.layer = cache, layer
+        # Those that go are handed out first: their slots take the reads of others.
+        self.present = deque(sorted(present, key=lambda expert: cache.policy.holds(layer, expert)))
+        self.missing = deque(missing)
+        self.pending: deque[tuple[int, int, Ticket]] = deque()
+        self._issue()
+
+    def _issue(self) -> None:
+        while self.missing:
+            nothing_comes = not self.pending and not self.present
+            begun = self.cache._begin(self.layer, self.missing[0], may_wait=nothing_comes)
+            if begun is None:
+                assert not nothing_comes, "no slot for a demanded expert"
+                return
+            self.pending.append((self.missing.popleft(), *begun))
+
+    def __iter__(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        cache, layer = self.cache, self.layer
+        try:
+            while self.present:
+                expert = self.present[0]
+                slot = cache._slot[layer, expert]
+                yield expert, cache._pieces(layer, expert, slot)
+                self.present.popleft()
+                self._leave(expert)
+            while self.pending:
+                at = next((i for i, (_, _, ticket) in enumerate(self.pending) if ticket.ready), 0)
+                expert, slot, ticket = self.pending[at]
+                if not ticket.ready:
+                    with cache.recorder.waiting():
+                        ticket.wait()
+                elif ticket.error is not None:
+                    ticket.wait()
+                yield expert, cache._pieces(layer, expert, slot)
+                del self.pending[at]
+                cache._slot[layer, expert] = slot
+                self._leave(expert)
+        finally:
+            self.abandon()
+
+    def _leave(self, expert: int) -> None:
+        """An expert is computed: its slot is free unless it stays."""
+        if not self.cache.policy.holds(self.layer, expert):
+            self.cache._free.append(self.cache._slot.pop((self.layer, expert)))
+        self._issue()
+
+    def abandon(self) -> None:
+        """Only after an error, or when left early: what has arrived stays if it was to stay, the rest is forgotten."""
+        cache, layer = self.cache, self.layer
+        for expert, slot, ticket in self.pending:
+            cache.store.cancel(ticket)
+            ticket._done.wait()
+            cache.policy.discard(layer, expert)
+            cache._free.append(slot)
+        for expert in self.missing:
+            cache.policy.discard(layer, expert)
+            if (layer, expert) in cache._guesses:
+                cache._drop((layer, expert))
+        for expert in self.present:
+            if not cache.policy.holds(layer, expert):
+                cache._free.append(cache._slot.pop((layer, expert)))
+        for left in (self.pending, self.missing, self.present):
+            left.clear()

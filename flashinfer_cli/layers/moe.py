@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..cache.experts import ExpertCache
 from ..config import MoeConfig
 from ..kernels.activations import ACTIVATIONS
 from .ffn import DenseFfn
 from .linear import Runtime
+from .norm import Norm
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,95 @@ class ExpertLayout:
 def route(logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Router logits [T, E] -> (weights [T, k], experts [T, k]): softmax over all, then the k largest."""
     weights, experts = logits.softmax(-1).topk(moe.num_experts_per_tok, dim=-1)
-    if moe.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights, experts
+    return _normed(weights, moe), experts
+
+
+def _normed(weights: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
+    return weights / weights.sum(-1, keepdim=True) if moe.norm_topk_prob else weights
+
+
+@dataclass
+class CacheBias:
+    """Cache-aware routing (2412.00099): experts that are here are preferred. Lossy.
+
+    `strength` times the router's usual range of logits is added to those of resident experts, for the choice alone:
+    the weights come from the true logits, and the `keep_top` best by them are chosen whatever is here.
+    """
+
+    strength: float
+    keep_top: int
+    spans: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum and number of ranges seen
+
+    def route(self, logits: torch.Tensor, held: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `route`; held bool [E]: what costs no read."""
+        spans = logits.amax(-1) - logits.amin(-1)
+        self.spans[0] += float(spans.sum())
+        self.spans[1] += len(spans)
+        probs = logits.softmax(-1)
+        raised = logits + self.strength * (self.spans[0] / self.spans[1]) * held
+        if self.keep_top:
+            best = probs.topk(min(self.keep_top, moe.num_experts_per_tok), dim=-1).indices
+            raised = raised.scatter(-1, best, float("inf"))
+        chosen = raised.topk(moe.num_experts_per_tok, dim=-1).indices
+        weights, order = probs.gather(-1, chosen).sort(stable=True, dim=-1, descending=True)
+        return _normed(weights, moe), chosen.gather(-1, order)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The router of a layer still to come, applied to the hidden state of now (2312.17238, speculative loading).
+
+    `scale` [d] undoes the norm of this layer's FFN and applies the other's: RMS norms differ by their weights alone.
+    """
+
+    distance: int  # layers
+    layer: int
+    router: torch.Tensor  # float32 [E, d]
+    router_bias: torch.Tensor | None
+    scale: torch.Tensor | None
+
+    def guess(self, x: torch.Tensor, moe: MoeConfig, most: int) -> list[int]:
+        """x [T, d] -> the experts that the tokens will want, at most `most`, best first."""
+        logits = F.linear(x if self.scale is None else x * self.scale, self.router, self.router_bias)
+        if len(x) == 1:
+            best = logits[0].topk(min(most, logits.shape[-1])).indices.tolist()
+        else:
+            picked = logits.topk(moe.num_experts_per_tok, dim=-1).indices.flatten()
+            wanted = torch.bincount(picked, minlength=moe.num_experts)
+            order = wanted.argsort(descending=True, stable=True)[:most]
+            best = order[wanted[order] > 0].tolist()
+        return [e for e in best if e < moe.num_experts]
+
+
+def rescale(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+    """Weights [d] of two RMS norms -> what turns the output of the first into that of the second."""
+    return then / torch.where(now.abs() < 1e-3, torch.ones_like(now), now)
+
+
+@dataclass(frozen=True)
+class FirstGuess:
+    """Guesses the first layers' experts from a token's embedding, while the first attention is still to run."""
+
+    norm: Norm
+    ahead: tuple[Ahead, ...]
+    moe: MoeConfig
+    cache: ExpertCache
+
+    def __call__(self, x: torch.Tensor, rt: Runtime) -> None:
+        """x [T, d], the embedding as the first block sees it."""
+        if self.cache.distances:
+            with rt.recorder.computing():
+                guess_ahead(self.ahead, self.norm(x), self.moe, self.cache)
+
+
+def guess_ahead(ahead: tuple[Ahead, ...], x: torch.Tensor, moe: MoeConfig, cache: ExpertCache) -> None:
+    """Tell the cache what layers ahead are thought to need; x [T, d] is an FFN's input."""
+    most = max(cache.guessing.most, moe.num_experts_per_tok)
+    if cache.trace is not None:
+        most = max(most, min(moe.num_experts, 4 * moe.num_experts_per_tok))
+    for other in ahead:
+        if other.distance in cache.distances:
+            cache.guess(other.layer, other.distance, other.guess(x, moe, most))
 
 
 @dataclass(frozen=True)
@@ -55,29 +144,46 @@ class MoeFfn:
     act: str
     shared: DenseFfn | None
     shared_gate: torch.Tensor | None  # float32 [1, d]
+    ahead: tuple[Ahead, ...] = ()
+    bias: CacheBias | None = None
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
         with rt.recorder.computing():
-            logits = torch.nn.functional.linear(x, self.router, self.router_bias)
-            weights, chosen = route(logits, self.moe)
+            logits = F.linear(x, self.router, self.router_bias)
+            weights, chosen = self._route(logits, rt)
             by_rank = x.new_empty(*chosen.shape, x.shape[-1])
-            needed = torch.unique(chosen).tolist()
+            asked = chosen.cpu().numpy()
             if self.moe.num_noop_experts:  # those behind the experts ask for nothing and add nothing
-                needed = [e for e in needed if e < self.moe.num_experts]
+                asked = np.where(asked < self.moe.num_experts, asked, -1)
                 by_rank.zero_()
-        for expert, pieces in self.cache.fetch(self.layer, needed):
+        arriving = self.cache.fetch(self.layer, asked)
+        if self.cache.distances:
+            with rt.recorder.computing():
+                guess_ahead(self.ahead, x, self.moe, self.cache)
+        extra = self._shared(x, rt)  # while experts are on their way
+        for expert, pieces in arriving:
             with rt.recorder.computing():
                 token, rank = (chosen == expert).nonzero(as_tuple=True)
                 by_rank[token, rank] = self._expert(x[token], self.layouts[expert], pieces, rt)
         with rt.recorder.computing():
             out = (by_rank * weights[..., None]).sum(1)
-        if self.shared is not None:
-            extra = self.shared(x, rt)
-            if self.shared_gate is not None:
-                extra *= torch.sigmoid(torch.nn.functional.linear(x, self.shared_gate))
-            out += extra
-        return out
+        return out if extra is None else out.add_(extra)
+
+    def _route(self, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.bias is None or rt.recorder.phase != "decode":
+            return route(logits, self.moe)
+        held = torch.ones(logits.shape[-1], dtype=torch.bool)  # a choice that computes nothing costs no read either
+        held[: self.moe.num_experts] = torch.from_numpy(self.cache.policy.held(self.layer))
+        return self.bias.route(logits, held.to(logits.device), self.moe)
+
+    def _shared(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor | None:
+        if self.shared is None:
+            return None
+        extra = self.shared(x, rt)
+        if self.shared_gate is not None:
+            extra *= torch.sigmoid(F.linear(x, self.shared_gate))
+        return extra
 
     def _expert(self, x: torch.Tensor, layout: ExpertLayout, pieces: list[torch.Tensor], rt: Runtime) -> torch.Tensor:
         def times(x: torch.Tensor, part: ExpertPart) -> torch.Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ..cache.experts import ExpertCache
 from ..cache.neurons import NeuronCache, NeuronFile, Pinned
+from ..cache.policy import expert_policy
 from ..cache.window import make_policy
 from ..checkpoint.base import Checkpoint
-from ..config import NEURON_BLOCK, ModelConfig
+from ..config import NEURON_BLOCK, ModelConfig, RunConfig
 from ..device import Device
 from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
@@ -20,12 +22,14 @@ from ..layers.embedding import Embedding
 from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
-from ..layers.moe import MoeFfn
+from ..layers.moe import Ahead, CacheBias, FirstGuess, MoeFfn, rescale
 from ..layers.norm import Norm
 from ..layers.rope import Rope
 from ..plan import MemoryPlan
 from .decoder import Block, Decoder, default_scale
 from .layout import LayerLayout, MatrixLayout, ModelLayout
+
+LOOKAHEADS = (1, 2, 4)  # layers; what a run does not use is there for traces
 
 
 class Builder:
@@ -41,6 +45,7 @@ class Builder:
         self.device: Device = rt.feed.device
         self.tensors = checkpoint.tensors
         self.experts: ExpertCache | None = None
+        self.bias: CacheBias | None = None
         self.predictors: Mapping[int, Demand] = {}
         self.neurons: NeuronCache | Pinned | None = None
         self._ropes: dict[object, Rope] = {}
@@ -141,6 +146,8 @@ class Builder:
                 act=config.hidden_act,
                 shared=shared,
                 shared_gate=self._get(index, "shared_gate"),
+                ahead=self._ahead(index, self._get(index, "ffn_norm")),
+                bias=self.bias,
             )
         if layer.records is not None:
             dense = RecordFfn(
@@ -162,6 +169,34 @@ class Builder:
                 self.neurons.homes[index] = (homes, layer.record_parts[0].rows)
             return SparseFfn(index, dense, self.predictors[index], self.neurons, layer.records.count)
         return self._dense(index, layer, "")
+
+    def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
+        """The routers of the layers behind one whose FFN has this norm, for guesses of their experts."""
+        plain = self.config.norm == "rms" and not self.config.norm_offset
+        found = []
+        for distance in LOOKAHEADS:
+            layer = index + distance
+            router, other = self._get(layer, "router"), self._get(layer, "ffn_norm")
+            if router is None or other is None or layer >= len(self.layout.layers):
+                continue
+            # Layer norms differ by more than a factor, and an offset is not in these weights.
+            scale = rescale(norm, other) if norm is not None and plain else None
+            found.append(Ahead(distance, layer, router, self._get(layer, "router.bias"), scale))
+        return tuple(found)
+
+    def _first_guess(self) -> FirstGuess | None:
+        """Guesses from the embedding for the first layers that have experts."""
+        moe = self.config.moe
+        first = next((i for i, layer in enumerate(self.layout.layers) if layer.expert_extents), None)
+        norm = None if first is None else self._norm(first, "ffn_norm")
+        if first is None or moe is None or norm is None or self.experts is None:
+            return None
+        ahead = tuple(
+            replace(one, distance=one.distance - first)
+            for one in self._ahead(-1, self._get(first, "ffn_norm"))
+            if one.layer >= first
+        )
+        return FirstGuess(norm, ahead, moe, self.experts)
 
     def _dense(self, index: int, layer: LayerLayout, prefix: str) -> DenseFfn:
         def matrix(role: str) -> Linear | None:
@@ -201,7 +236,7 @@ class Builder:
             slices=tuple(layer.slices) if layer.on_demand else (),
         )
 
-    def build(self, predictors: Mapping[int, Demand] | None = None, policy: str = "recent", window: int = 5) -> Decoder:
+    def build(self, run: RunConfig, predictors: Mapping[int, Demand] | None = None) -> Decoder:
         """Pin what stays, make the caches, and assemble."""
         layout, plan, rt = self.layout, self.plan, self.rt
         body = layout.body
@@ -218,13 +253,18 @@ class Builder:
                 self.device,
                 rt.recorder,
                 extents,
-                per_layer=plan.experts_per_layer,
+                policy=expert_policy(run.expert_policy, {i: len(e) for i, e in extents.items()}, plan.expert_slots),
                 transit=plan.transit_experts,
+                prefetch=run.prefetch_experts,
+                lookahead=run.lookahead,
             )
+            if run.cache_bias:
+                few = max(len(e) for e in extents.values()) <= 8
+                self.bias = CacheBias(run.cache_bias, run.keep_top if run.keep_top is not None else 1 if few else 2)
             if plan.everything_fits:
                 self.experts.fill()
         if predictors:
-            self.use_neurons(predictors, policy, window)
+            self.use_neurons(predictors, run.neuron_policy, run.window)
         config = self.config
         projections = {role: self._linear(-1, role, matrix) for role, matrix in layout.model.items()}
         embed_info = self.tensors[layout.embed_tensor]
@@ -240,4 +280,5 @@ class Builder:
             head=self._linear(-1, "head", layout.head),
             by_block=[layer.slices for layer in layout.layers],
             body=[s for s, on_demand in zip(body, layout.on_demand, strict=True) if not on_demand],
+            first_guess=self._first_guess(),
         )

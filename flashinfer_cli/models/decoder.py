@@ -17,7 +17,7 @@ from ..layers.embedding import Embedding
 from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import TokenRouter
-from ..layers.moe import MoeFfn
+from ..layers.moe import FirstGuess, MoeFfn
 from ..layers.norm import Norm
 
 
@@ -89,6 +89,7 @@ class Decoder:
         head: Linear,
         body: Sequence[Slice],
         by_block: Sequence[Sequence[Slice]],
+        first_guess: FirstGuess | None = None,
     ) -> None:
         self.config = config
         self.rt = rt
@@ -99,6 +100,7 @@ class Decoder:
         self.project_out = project_out
         self.final_norm = final_norm
         self.head = head
+        self.first_guess = first_guess
         self.by_block = tuple(tuple(slices) for slices in by_block)
         streamed_body = tuple(s for s in body if s.home is None)
         self._passes = {
@@ -140,6 +142,8 @@ class Decoder:
         if self.positions is not None:
             first = kv.length + config.position_offset
             x = x + self.positions[first : first + tokens]
+        if self.first_guess is not None:
+            self.first_guess(x, rt)
         for index, block in enumerate(self.blocks):
             rt.recorder.layer = index
             x = block(x, kv, max(end, rope_length or 0), rt)

@@ -201,22 +201,29 @@ class FlashStore:
             self._state.notify(len(cuts))
         return ticket
 
-    def promote(self, ticket: Ticket) -> None:
-        """What was read ahead of need is waited for now: what of it nobody has begun goes before all else."""
+    def promote(self, ticket: Ticket) -> bool:
+        """What `read` began ahead of need is waited for now: what of it nobody has begun goes before all else.
+
+        Returns whether any of it had begun.
+        """
         with self._state:
             mine = [request for request in self._queue if request[0] is ticket]
             if mine and len(mine) < len(self._queue):
                 rest = [request for request in self._queue if request[0] is not ticket]
                 self._queue.clear()
                 self._queue.extend((*mine, *rest))
+        return len(mine) < len(ticket.sizes)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Take back what of a ticket nobody has begun. The ticket is done once what is under way has ended, and `sizes`
-        are then those of what was read; the buffer must stay until then."""
+    def cancel(self, ticket: Ticket) -> bool:
+        """Take back what of a `read` nobody has begun; returns whether any of it had.
+
+        The ticket is done once what is under way has ended, and its `sizes` are those of what was read. The buffer
+        must stay until then.
+        """
         with self._state:
             mine = [request for request in self._queue if request[0] is ticket]
             if not mine:
-                return
+                return True
             rest = [request for request in self._queue if request[0] is not ticket]
             self._queue.clear()
             self._queue.extend(rest)
@@ -228,6 +235,7 @@ class FlashStore:
             if ticket.error is None and ticket.sizes:
                 self.recorder.io(ticket.kind, ticket.sizes, 0)
             ticket._done.set()
+        return bool(ticket.sizes)
 
     def read_now(self, extents: Sequence[Extent], kind: str) -> list[np.ndarray]:
         """Read extents and wait: uint8 arrays, in order. For small things and for start-up."""
@@ -390,10 +398,14 @@ class FlashStore:
         """Let reads that are under way end, and close the files."""
         with self._state:
             self._closed = True
+            left = {request[0] for request in self._queue}
             self._queue.clear()
             self._state.notify_all()
         for worker in self._workers:
             worker.join()
+        for ticket in left:  # nobody is to wait for what will not come
+            ticket.error = ticket.error or StorageError("The file was closed before it was read.")
+            ticket._done.set()
         for fd in (*(fd for fd, _ in self._files.values()), *self._buffered.values()):
             os.close(fd)
         self._files.clear()

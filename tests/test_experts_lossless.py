@@ -1,0 +1,126 @@
+"""Logits of MoE models are the same, byte for byte, whatever stays, goes, or is read ahead; slots keep to plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make, tiny_config_dicts
+
+import flashinfer_cli as fc
+from flashinfer_cli import engine as engine_module
+from flashinfer_cli.config import EXPERT_POLICIES
+from flashinfer_cli.engine import Engine
+
+CASES = [(f, i) for f in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe") for i in range(len(tiny_config_dicts()[f]))]
+PROMPT, STEPS = [5, 9, 100, 3, 77, 31, 8], 14
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(*request.param, tmp_path_factory.mktemp("moe") / "model")[0]
+
+
+def logits_of(engine: Engine, steps: int = STEPS) -> torch.Tensor:
+    """Of a prompt in chunks and then token by token, greedily: [steps + 1, V]."""
+    session = engine.session()
+    rows = [session.prefill(PROMPT, more=True)]
+    for index in range(steps):
+        rows.append(session.step(int(rows[-1].argmax()), more=index + 1 < steps))
+    return torch.stack(rows)
+
+
+def slots(monkeypatch: pytest.MonkeyPatch, stay: int, transit: int) -> None:
+    """Load models with so many expert slots, as a tighter budget would give."""
+    made = engine_module.make_plan
+    monkeypatch.setattr(
+        engine_module,
+        "make_plan",
+        lambda *args, **kwargs: replace(
+            plan := made(*args, **kwargs),
+            expert_slots=stay,
+            transit_experts=transit,
+            streamed_bytes=plan.streamed_bytes + 1,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> torch.Tensor:
+    with fc.load(folder, stream="never", context=60, prefill_chunk=4) as engine:
+        found = logits_of(engine)
+        report = engine.report()
+    assert report.exactness == "exact"
+    assert sum(row["misses"] for row in report.experts) == 0 < sum(row["hits"] for row in report.experts)
+    return found
+
+
+@pytest.mark.parametrize("policy", EXPERT_POLICIES)
+@pytest.mark.parametrize(("stay", "transit"), [(0, 1), (1, 3), (3, 2), (5, 4)])
+def test_every_policy_and_size(
+    folder: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch, policy: str, stay: int, transit: int
+) -> None:
+    slots(monkeypatch, stay, transit)
+    prefetch = {(1, 3): 2, (3, 2): "off"}.get((stay, transit), "auto")
+    options = {"expert_policy": policy, "prefetch_experts": prefetch, "lookahead": 1 + stay % 2, "prefill_chunk": 4}
+    with fc.load(folder, context=60, **options) as engine:
+        cache = engine.experts
+        assert cache is not None and cache.policy.capacity == stay and cache.slots == stay + transit
+        assert torch.equal(logits_of(engine), resident)
+        report = engine.report()
+        assert report.exactness == "exact" and report.expert_cache["policy"] == policy
+        held = len(cache._slot) + len(cache._guesses) + len(cache._draining) + len(cache._free)
+        assert held == cache.slots and len(cache._slot) <= stay
+        for phase in ("prefill", "decode"):
+            rows = [row for row in report.experts if row["phase"] == phase]
+            assert sum(row["hits"] for row in rows) == cache.policy.hits(phase)
+            assert sum(row["misses"] for row in rows) == cache.policy.misses(phase)
+        guessed = sum(row["guessed"] for row in report.experts)
+        assert (guessed == 0) == (prefetch == "off" or transit == 1)
+        assert sum(row["wasted_bytes"] for row in report.experts) == report.wasted_bytes
+
+
+def test_streamed(folder: Path, resident: torch.Tensor) -> None:
+    with fc.load(folder, stream="always", context=60, prefill_chunk=4) as engine:
+        assert torch.equal(logits_of(engine), resident)
+
+
+def test_a_bundle(folder: Path, resident: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some layers are dense its sums run in another order, so it is held against itself."""
+    fc.bundle(folder, tmp_path / "bundle")
+    with fc.load(tmp_path / "bundle", context=60, prefill_chunk=4, stream="never") as engine:
+        whole = logits_of(engine)
+    assert torch.allclose(whole, resident, atol=1e-4)
+    slots(monkeypatch, 3, 3)
+    with fc.load(tmp_path / "bundle", context=60, prefill_chunk=4) as engine:
+        assert torch.equal(logits_of(engine), whole)
+
+
+def test_no_bias_is_no_change_and_some_is_labelled(
+    folder: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots(monkeypatch, 4, 3)
+    with fc.load(folder, context=60, prefill_chunk=4, cache_bias=0.0, keep_top=1) as engine:
+        assert torch.equal(logits_of(engine), resident) and engine.report().exactness == "exact"
+        plain = engine.experts.policy.hits() / (engine.experts.policy.hits() + engine.experts.policy.misses())
+    with fc.load(folder, context=60, prefill_chunk=4, cache_bias=1.0, keep_top=1) as engine:
+        biased = logits_of(engine)
+        assert torch.equal(biased[0], resident[0])  # a prompt is routed as ever
+        report = engine.report()
+        assert report.exactness == "sparse" and "sparse" in report.summary()
+        assert engine.experts.policy.hits() / (engine.experts.policy.hits() + engine.experts.policy.misses()) > plain
+
+
+def test_many_tokens_at_once_in_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What checks drafts: several tokens through the experts in one pass, whatever is in the cache."""
+    found = []
+    for stay, transit in ((2, 2), (5, 1), (0, 4)):
+        with monkeypatch.context() as patch, fc.load(folder, context=60) as _:
+            slots(patch, stay, transit)
+            with fc.load(folder, context=60, prefill_chunk=4) as engine:
+                session = engine.session()
+                rows = list(session.all_logits(PROMPT * 3, 6))
+                found.append(torch.cat([row.clone() for row in rows]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
