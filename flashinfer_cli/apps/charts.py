@@ -41,6 +41,15 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A named curve through points (x, y)."""
+
+    name: str
+    style: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Mark:
     """A line across a chart at a value."""
 
@@ -132,6 +141,41 @@ def rows(
         # a label near the right edge would leave the chart
         near_edge = x > WIDTH - right - 100
         out.append(_text(x - 4 if near_edge else x + 4, 11, mark.label, "marked end" if near_edge else "marked"))
+    return _svg(height, label, out)
+
+
+def lines(
+    curves: Sequence[Line],
+    *,
+    label: str,
+    across: Callable[[float], str],
+    up: Callable[[float], str],
+    height: int = 300,
+) -> str:
+    """Curves over common axes that begin at zero; `across` and `up` write the values of the axes."""
+    right = nice_ticks(max((x for curve in curves for x, _ in curve.points), default=0.0))
+    upper = nice_ticks(max((_positive(y) for curve in curves for _, y in curve.points), default=0.0))
+    base = height - _BOTTOM
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        width = WIDTH - _LEFT - _RIGHT
+        return _LEFT + width * x / right[-1], base - (base - _TOP) * _positive(y) / upper[-1]
+
+    out = []
+    for tick in upper:
+        y = place(0, tick)[1]
+        out.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(_text(_LEFT - 8, y + 4, up(tick), "axis end"))
+    out += [_text(place(tick, 0)[0], base + 17, across(tick), "axis middle") for tick in right]
+    for curve in curves:
+        places = [place(x, y) for x, y in curve.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        out.append(f'<polyline class="line {escape(curve.style)}" points="{path}"/>')
+        for (x, y), (at, value) in zip(places, curve.points, strict=True):
+            title = escape(f"{curve.name}: {up(value)} at {across(at)}")
+            out.append(
+                f'<circle class="{escape(curve.style)}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{title}</title></circle>'
+            )
     return _svg(height, label, out)
 
 

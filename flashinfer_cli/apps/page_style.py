@@ -54,3 +54,10 @@ tbody tr+tr td{border-top:1px solid var(--line)}
         **{f"part{index}": f"p{index % 10}" for index in range(20)},
     }.items()
 )
+STYLE += ".line{fill:none;stroke-width:2.2;stroke-linejoin:round}" + "".join(
+    f".line.{style}{{fill:none;stroke:var(--{colour})}}"
+    for style, colour in {
+        **{name: name for name in ("wait", "compute", "other", "warm")},
+        **{f"part{index}": f"p{index % 10}" for index in range(20)},
+    }.items()
+)

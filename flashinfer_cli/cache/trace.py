@@ -46,8 +46,10 @@ class Trace:
 
     def tokens(self, phase: str) -> int:
         """Tokens of the passes of a phase."""
-        first = min(self.records)
-        return sum(len(d.chosen) for d in self.demands if d.phase == phase and d.layer == first)
+        seen = dict.fromkeys(self.records, 0)  # a layer that tokens may skip sees fewer
+        for each in self.demands:
+            seen[each.layer] += len(each.chosen) * (each.phase == phase)
+        return max(seen.values())
 
 
 class TraceWriter:
@@ -96,10 +98,10 @@ def _open(path: Path, mode: Literal["r", "w"]) -> IO[str]:
 def read_trace(path: Path) -> Trace:
     """Read a trace; UsageError, naming the line, where the file is none."""
     hint = "genai-run profile --trace FILE makes one."
-    number = 0
+    number = 1
     try:
         with _open(path, "r") as lines:
-            number, header = 1, json.loads(next(lines))
+            header = json.loads(next(lines))
             if header["format"] != FORMAT or header["version"] != VERSION:
                 raise ValueError(header["format"])
             demands = []

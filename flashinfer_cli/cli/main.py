@@ -19,6 +19,7 @@ from .chat import chat
 from .console import Console, OutputClosedError
 from .generate import generate
 from .options import spread
+from .replay import replay
 from .running import INTERRUPTED
 from .studies import bundle, evaluate, inspect, plan, profile
 from .train import several, train
@@ -34,7 +35,7 @@ app = typer.Typer(
 for _command, _panel in (
     (generate, "Run"), (chat, "Run"),
     (inspect, "Prepare"), (plan, "Prepare"), (bundle, "Prepare"), (calibrate, "Prepare"),
-    (profile, "Measure"), (evaluate, "Measure"),
+    (profile, "Measure"), (evaluate, "Measure"), (replay, "Measure"),
     (train, "Train"), (zoo, "Train"),
 ):  # fmt: skip
     app.command(rich_help_panel=_panel)(spread(_command))

@@ -154,6 +154,51 @@ class RunOptions:
             "--window", min=1, metavar="TOKENS", rich_help_panel=MEMORY, help="Tokens that the policy window spans."
         ),
     ] = RunConfig.window
+    expert_policy: Annotated[
+        Literal["stale", "lru", "lru-layer", "lfu", "pinned"],
+        typer.Option(
+            "--expert-policy",
+            rich_help_panel=MEMORY,
+            help="Which experts stay: the least stale, the latest used (of all, or of each layer), the most used, or "
+            "those of the first layers.",
+        ),
+    ] = RunConfig.expert_policy
+    prefetch_experts: Annotated[
+        str,
+        typer.Option(
+            "--prefetch-experts",
+            metavar="N",
+            rich_help_panel=MEMORY,
+            help="Experts a layer to read ahead on a guess: auto (off where it loses), off, or how many.",
+        ),
+    ] = str(RunConfig.prefetch_experts)
+    lookahead: Annotated[
+        int,
+        typer.Option(
+            "--lookahead", min=1, max=2, metavar="N", rich_help_panel=MEMORY, help="Layers ahead to guess experts."
+        ),
+    ] = RunConfig.lookahead
+    cache_bias: Annotated[
+        float,
+        typer.Option(
+            "--cache-bias",
+            min=0,
+            metavar="L",
+            rich_help_panel=MEMORY,
+            help="Prefer experts that are in memory by so much of the router's range: fewer reads, other words.",
+        ),
+    ] = RunConfig.cache_bias
+    keep_top: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-top",
+            min=0,
+            metavar="J",
+            rich_help_panel=MEMORY,
+            help="With --cache-bias: the best J experts are chosen in any case.",
+            show_default="1 of at most 8 experts, else 2",
+        ),
+    ] = RunConfig.keep_top
     kernels: Annotated[
         Literal["auto", "compiled", "reference"],
         typer.Option(

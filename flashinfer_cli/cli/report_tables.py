@@ -20,6 +20,8 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         tables.append(_layers(report))
     if report["steps"]:
         tables.append(_steps(report))
+    if report.get("experts"):
+        tables += _experts(report)
     return tables
 
 
@@ -159,3 +161,49 @@ def _steps(report: Mapping[str, Any]) -> Table:
         )
         rows.append(slowest)
     return Table("Decode steps", ("step", "time", "waiting", "read"), rows)
+
+
+def _experts(report: Mapping[str, Any]) -> list[Table]:
+    """Hits, guesses and use by layer; decode where there is any."""
+    phase = "decode" if any(row["phase"] == "decode" for row in report["experts"]) else "prefill"
+    lines = [row for row in report["experts"] if row["phase"] == phase]
+    rows: list[tuple[str, ...]] = []
+    for row in lines:
+        used, uses = row["uses"], sum(row["uses"].values())
+        top = sorted(used.values(), reverse=True)[: max(1, len(used) // 4)]
+        rows.append((str(row["layer"]), *_expert_cells(row), f"{len(used)}", share(sum(top), uses)))
+    whole = {key: sum(row[key] for row in lines) for key in ("hits", "misses", "guessed", "right", "wasted_bytes")}
+    recalls = [row["recall"][ahead] for row in lines for ahead in row["recall"] if str(ahead) == "1"]
+    whole["recall"] = {1: sum(recalls) / len(recalls)} if recalls else {}
+    rows.append(("all", *_expert_cells(whole), "", ""))
+    cache = report["expert_cache"]
+    notes = [
+        f"{cache['slots']:,} of {cache['experts']:,} experts stay, by policy {cache['policy']}; "
+        f"{cache['transit']} slots for those on their way; {format_size(cache['slot_bytes'])} each.",
+        f"Reading ahead is {_verdict(cache['prefetch'])}.",
+    ]
+    columns = ("layer", "asked for", "hits", "recall", "read ahead", "right", "wasted", "in use", "by the top quarter")
+    return [Table(f"Experts, {phase}", columns, rows, notes=tuple(notes))]
+
+
+def _expert_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    asked = row["hits"] + row["misses"]
+    recall = next((value for ahead, value in row["recall"].items() if str(ahead) == "1"), None)
+    return (
+        f"{asked:,}",
+        share(row["hits"], asked),
+        "–" if recall is None else f"{recall:.0%}",
+        f"{row['guessed']:,}",
+        share(row["right"], row["guessed"]),
+        format_size(row["wasted_bytes"]),
+    )
+
+
+def _verdict(prefetch: Mapping[str, Any]) -> str:
+    """On or off, and what the trial measured."""
+    said = str(prefetch["verdict"])
+    if prefetch["seconds_with"] is not None and prefetch["seconds_without"] is not None:
+        said += (
+            f" ({seconds(prefetch['seconds_with'])} a token with it, {seconds(prefetch['seconds_without'])} without)"
+        )
+    return said

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,6 +30,9 @@ from .prompts import gather, required
 from .report_tables import report_tables
 from .running import as_json, check_writable, compile_kernels, named, need_of, opened, prompt_ids, write_file
 from .tables import Table, evaluation_table, inspect_tables, plan_dict, plan_tables
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 PROFILE_PROMPT = "Once upon a time, in a small house by the sea, there lived"
 
@@ -77,6 +81,15 @@ def profile(
         Path | None,
         typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Write one self-contained page of charts."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            help="Write which experts every token asked for, for replay; .gz compresses.",
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a prompt and show where memory and time went.
@@ -86,14 +99,15 @@ def profile(
     """
     console = Console(quiet)
     params = sampling.params()
-    check_writable(json, html)
+    check_writable(json, html, trace)
     given = gather(prompt.prompt, prompt.file, console.note)
     text = PROFILE_PROMPT if given is None else given
     with opened(named(model, console), run, console, need_of(text, prompt, params)) as engine:
         from ..apps.profile import profile as measure
 
         asked = prompt_ids(engine.tokenizer, text, prompt)
-        report = measure(engine, asked, params, console.progress)
+        with _recording(engine, trace):
+            report = measure(engine, asked, params, console.progress)
         console.clear()
         found = report.to_dict()
         if html is not None:
@@ -109,6 +123,14 @@ def profile(
         for warning in report.warnings:
             console.warn(warning)
         console.note(report.summary())
+
+
+def _recording(engine: Engine, trace: Path | None) -> AbstractContextManager[None]:
+    if trace is None:
+        return nullcontext()
+    from ..apps.recording import recording
+
+    return recording(engine, trace)
 
 
 def evaluate(

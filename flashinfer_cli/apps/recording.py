@@ -1,0 +1,40 @@
+"""Record which experts every token of a run asks for, for `replay`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..cache.trace import TraceWriter, open_trace
+from ..engine import Engine
+from ..errors import UsageError
+
+
+@contextmanager
+def recording(engine: Engine, path: Path) -> Iterator[None]:
+    """Write what the engine's experts are asked for, and the guesses of it, into `path` while the block runs.
+
+    Raises UsageError where the model has no experts. The cache is taken as it is: begin with a fresh engine.
+    """
+    cache = engine.experts
+    if cache is None:
+        raise UsageError(
+            f"'{engine.model.describe()['name']}' has no experts, so there is nothing to trace.",
+            "Leave --trace out.",
+        )
+    records = {layer: len(spans) for layer, spans in cache.spans.items()}
+    sizes = {layer: max(span.nbytes for span in spans) for layer, spans in cache.spans.items()}
+    about = {
+        "model": engine.model.describe()["name"],
+        "experts_per_token": engine.config.moe.num_experts_per_tok if engine.config.moe else 0,
+        "policy": engine.run.expert_policy,
+        "slots": cache.policy.capacity,
+        "filled": engine.plan.everything_fits,
+    }
+    with open_trace(path) as out:
+        cache.trace = TraceWriter(out, "experts", records, sizes, **about)
+        try:
+            yield
+        finally:
+            cache.trace = None

@@ -1,0 +1,164 @@
+"""Policies over a recorded trace, without the model: how often each finds what is asked for, at every cache size.
+
+Beside each other stand chance (a cache of that share of the records, filled blindly), the policies, and Belady's
+optimum, which knows the future and bounds them all. What it misses is split too: first uses, which nothing can avoid,
+and what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cache.policy import Belady, Lru, Policy, expert_policy
+from ..cache.trace import Demand, Trace, read_trace
+from ..config import EXPERT_POLICIES
+from ..errors import UsageError
+
+FINE = 16  # at most so many records a layer: every number of them; above, the shares below
+SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a policy made of a trace: shares of the demanded records found in the cache, and bytes missed a token."""
+
+    hit_ratio: float
+    prefill_hit_ratio: float | None
+    bytes_per_token: float
+
+
+def run_policy(policy: Policy, demands: Sequence[Demand], *, filled: bool = False) -> Policy:
+    """Put the demands through a policy, which counts; `filled` says that the run began with everything in place."""
+    if filled:
+        import numpy as np
+
+        for layer, count in policy.records.items():
+            policy.demand(layer, np.arange(count)[None], "load")
+    for each in demands:
+        policy.demand(each.layer, each.chosen, each.phase)
+    return policy
+
+
+def as_it_ran(trace: Trace) -> Policy:
+    """The policy and size of the run that was recorded: the same hits and misses as it counted itself."""
+    policy = expert_policy(trace.about["policy"], trace.records, trace.about["slots"])
+    return run_policy(policy, trace.demands, filled=trace.about.get("filled", False))
+
+
+def replay(
+    file: Path,
+    *,
+    policies: Sequence[str] = EXPERT_POLICIES,
+    shares: Sequence[float] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run `policies` over a trace at cache sizes of these shares of all records (some of its own choosing if none).
+
+    Plain values only, ready for JSON. Raises UsageError where the file is no trace, or there is nothing in it.
+    """
+    trace = read_trace(file)
+    phase = "decode" if any(each.phase == "decode" for each in trace.demands) else "prefill"
+    if not any(each.phase == phase for each in trace.demands):
+        raise UsageError(f"'{file}' holds no demand.", "Record a longer run.")
+    total = sum(trace.records.values())
+    sizes = [max(1, round(total * share)) for share in shares] or _sizes(trace)
+    points = []
+    for done, slots in enumerate(sizes):
+        if progress is not None:
+            progress(done, len(sizes))
+        points.append(_point(trace, phase, slots, policies))
+    return {
+        "file": str(file), "kind": trace.kind, "phase": phase, "about": trace.about,
+        "layers": len(trace.records), "records": total, "bytes": sum(_bytes_of(trace).values()),
+        "tokens": trace.tokens(phase), "demanded": _demanded(trace, phase), "points": points,
+        "recall": recall(trace, phase),
+    }  # fmt: skip
+
+
+def _sizes(trace: Trace) -> list[int]:
+    total, most = sum(trace.records.values()), max(trace.records.values())
+    shares = [k / most for k in range(1, most)] if most <= FINE else list(SHARES)
+    return sorted({max(1, round(total * share)) for share in shares})
+
+
+def _bytes_of(trace: Trace) -> dict[int, int]:
+    return {layer: count * trace.record_bytes[layer] for layer, count in trace.records.items()}
+
+
+def _demanded(trace: Trace, phase: str) -> int:
+    """Distinct records asked for, a pass and a layer at a time."""
+    return sum(len({*each.chosen[each.chosen >= 0].tolist()}) for each in trace.demands if each.phase == phase)
+
+
+def _point(trace: Trace, phase: str, slots: int, policies: Sequence[str]) -> dict[str, Any]:
+    total = sum(trace.records.values())
+    found = {
+        name: _found(trace, phase, run_policy(expert_policy(name, trace.records, slots), trace.demands))
+        for name in policies
+    }
+    plain = [(each.layer, each.chosen) for each in trace.demands]
+    bound = run_policy(Belady(trace.records, slots, plain), trace.demands)
+    apart = run_policy(Belady(trace.records, slots, plain, per_layer=True), trace.demands)
+    never = run_policy(Lru(trace.records, total), trace.demands)
+    best = max(found, key=lambda name: found[name].hit_ratio)
+    chance, asked = slots / total, bound.hits(phase) + bound.misses(phase)
+    limit, cold = bound.hits(phase) / asked, never.misses(phase) / asked
+    return {
+        "slots": slots,
+        "share": chance,
+        "bytes": round(chance * sum(_bytes_of(trace).values())),
+        "policies": {name: vars(each) for name, each in found.items()},
+        "best": best,
+        "belady": vars(_found(trace, phase, bound)),
+        "belady_by_layer": vars(_found(trace, phase, apart)),
+        # Shares of all that is asked for, summing to one.
+        "gap": {
+            "chance": chance,
+            "policy": found[best].hit_ratio - chance,
+            "order": limit - found[best].hit_ratio,
+            "room": 1 - cold - limit,
+            "cold": cold,
+        },
+    }
+
+
+def _found(trace: Trace, phase: str, policy: Policy) -> Found:
+    def ratio(name: str) -> float | None:
+        asked = policy.hits(name) + policy.misses(name)
+        return policy.hits(name) / asked if asked else None
+
+    missed = sum(
+        misses * trace.record_bytes[layer] for (name, layer), (_, misses) in policy.counts.items() if name == phase
+    )
+    return Found(ratio(phase) or 0.0, ratio("prefill"), missed / max(trace.tokens(phase), 1))
+
+
+def recall(trace: Trace, phase: str) -> list[dict[str, Any]]:
+    """Of guesses in a trace, by how many layers ahead: the share of what was needed among the first m, beside m/E."""
+    found: dict[int, list[list[int]]] = {}
+    experts = max(trace.records.values())
+    for each in trace.demands:
+        needed = {*each.chosen[each.chosen >= 0].tolist()}
+        if each.phase != phase or not needed:
+            continue
+        for ahead, guesses in each.guesses.items():
+            counts = found.setdefault(ahead, [])
+            right = 0
+            for number, guess in enumerate(guesses.tolist()):
+                right += guess in needed
+                if number == len(counts):
+                    counts.append([0, 0])
+                counts[number][0] += right
+                counts[number][1] += len(needed)
+    return [
+        {
+            "ahead": ahead,
+            "recall": [right / of for right, of in counts],
+            "chance": [(number + 1) / experts for number in range(len(counts))],
+        }
+        for ahead, counts in sorted(found.items())
+    ]
