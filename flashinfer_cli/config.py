@@ -170,10 +170,12 @@ class RunConfig:
     remeasure: bool = False  # measure the drive again
     direct_io: Literal["auto", "never"] = "auto"
     prefill_chunk: int = 512  # most tokens of a prompt that go through the layers at once
+    draft: str | None = None  # a small model with the same tokenizer, or "ngram"
+    speculate: str = "auto"  # tokens to draft: a number, auto (by measured costs), off
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
-    expert_policy: Literal["stale", "lru", "lru-layer", "lfu", "pinned"] = "stale"  # which experts stay (an MoE)
+    expert_policy: Literal["stale", "lru", "lru-layer", "lfu", "pinned", "none"] = "stale"  # which experts stay (an MoE)
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
     lookahead: int = 1  # layers ahead to guess the experts of
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
@@ -198,14 +200,17 @@ class RunConfig:
                 ) from None
         if isinstance(self.prefetch_experts, int) and self.prefetch_experts < 0:
             raise UsageError(f"--prefetch-experts is {self.prefetch_experts}; it must be 0 or more.")
-        if self.expert_policy not in EXPERT_POLICIES:
-            raise UsageError(
-                f"--expert-policy is '{self.expert_policy}', which is none of {', '.join(EXPERT_POLICIES)}."
-            )
+        if self.expert_policy not in (*EXPERT_POLICIES, "none"):
+            known = ", ".join((*EXPERT_POLICIES, "none"))
+            raise UsageError(f"--expert-policy is '{self.expert_policy}', which is not one of {known}.")
         if not 1 <= self.lookahead <= 2:
             raise UsageError(f"--lookahead is {self.lookahead}; it must be 1 or 2 layers.")
         if not self.cache_bias >= 0 or (self.keep_top is not None and self.keep_top < 0):
             raise UsageError("--cache-bias and --keep-top must be 0 or more.")
+        if self.speculate not in ("auto", "off") and not (self.speculate.isdigit() and 1 <= int(self.speculate) <= 16):
+            raise UsageError(f"--speculate is '{self.speculate}', which is none of auto, off, 1 to 16.")
+        if self.speculate.isdigit() and self.draft is None:
+            raise UsageError("--speculate needs a draft.", "Give --draft MODEL or --draft ngram.")
         if self.window < 1:
             raise UsageError(f"--window is {self.window}; it must be at least 1 token.")
         if (self.io_threads is not None and self.io_threads < 1) or self.prefill_chunk < 1:

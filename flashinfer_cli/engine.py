@@ -16,7 +16,9 @@ from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
 from .config import DEFAULT_CONTEXT, MEASURED_MODEL, SMALL_MODEL, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
+from .decoding.drafts import ModelDraft, NGramDraft, check_same_ids
 from .decoding.generate import Session, TokenEvent, check_ids, generate
+from .decoding.speculative import Draft, Speculator
 from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
 from .kernels import select
 from .kernels.warm import ensure_compiled, is_compiled
@@ -89,6 +91,7 @@ class Engine:
         devices.tame_allocator()
         self.model = model
         self.config: ModelConfig = model.config
+        self.speculator: Speculator | None = None  # set by `load` where a draft is asked for
         self.device = devices.resolve(run.device)
         self.recorder = Recorder()
         self.warnings: list[str] = []
@@ -228,7 +231,9 @@ class Engine:
         def first_token(seconds: float) -> None:
             self._first_token = seconds if self._first_token is None else self._first_token
 
-        return generate(session, ids, params, text=text, progress=progress, first_token=first_token)
+        return generate(
+            session, ids, params, text=text, speculator=self.speculator, progress=progress, first_token=first_token
+        )
 
     def chat(self, system: str | None = None) -> ChatSession:
         """A conversation in the model's own chat template; TokenizerError where it has none."""
@@ -294,6 +299,7 @@ class Engine:
             experts=expert_rows(recorder),
             expert_cache=self._expert_cache(),
             drive=self.drive,
+            speculation=None if self.speculator is None else self.speculator.report(),
             warnings=tuple(self.warnings),
         )
 
@@ -301,6 +307,8 @@ class Engine:
         """Stop reading and let go of the memory."""
         self.decoder.rt.feed.end()
         self.store.close()
+        if self.speculator is not None:
+            self.speculator.draft.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -333,4 +341,34 @@ def load(
         run = replace(run, kernels="reference")
     if run.kernels != "reference":
         ensure_compiled(notify)
-    return Engine(opened, run, need=need, notify=notify, progress=progress)
+    if run.draft is None or run.speculate == "off":
+        return Engine(opened, run, need=need, notify=notify, progress=progress)
+    return _with_draft(opened, run, need, notify, progress)
+
+
+def _with_draft(
+    opened: OpenModel, run: RunConfig, need: Need | None, notify: Notify | None, progress: Progress | None
+) -> Engine:
+    """The engine with a draft beside it, in the same budget: the draft is loaded first, in full, and is then part of
+    the process as the plan sees it."""
+    assert run.draft is not None
+    draft: Draft = NGramDraft()
+    if run.draft != "ngram":
+        small = open_model(run.draft)
+        check_same_ids(opened.tokenizer, small.tokenizer, run.draft)
+        if run.context is None and need is not None:
+            run = replace(run, context=min(need(opened.tokenizer), opened.config.max_position_embeddings))
+        longest = small.config.max_position_embeddings or DEFAULT_CONTEXT
+        context = min(run.context or DEFAULT_CONTEXT, longest)
+        engine = Engine(small, replace(run, draft=None, speculate="auto", stream="never", context=context))
+        draft = ModelDraft(engine)
+        if notify is not None:
+            notify(f"draft {run.draft}: {engine.plan}")
+    try:
+        found = Engine(opened, run, notify=notify, need=need, progress=progress)
+    except BaseException:
+        draft.close()
+        raise
+    fixed = int(run.speculate) if run.speculate.isdigit() else None
+    found.speculator = Speculator(draft, run.draft, fixed)
+    return found

@@ -244,6 +244,7 @@ class RunReport:
     first_token_seconds: float | None
     experts: tuple[dict[str, Any], ...] = ()  # phase, layer, hits, misses, guessed, right, wasted_bytes, recall, uses
     expert_cache: dict[str, Any] | None = None  # policy, slots, slot_bytes, transit, prefetch and its verdict, bias
+    speculation: dict[str, Any] | None = None  # draft, acceptance, tokens_per_pass, ...: decoding.speculative
     drive: dict[str, Any] | None = None  # request_bytes, depth, bytes_per_second: measured in place
     warnings: tuple[str, ...] = field(default=())
 
@@ -268,6 +269,9 @@ class RunReport:
             parts.append(f"{rate.read_bytes_per_second / 1e9:.2f} GB/s")
         if decode.hit_ratio is not None:
             parts.append(f"hits {decode.hit_ratio:.0%}")
+        if self.speculation is not None:
+            said = self.speculation
+            parts.append(f"drafts: {said['acceptance']:.0%} stand, {said['tokens_per_pass']:.1f} tokens a pass")
         if decode.neurons is not None:
             parts.append(f"{decode.neurons:.1%} of neurons")
         if decode.skipped is not None:

@@ -136,6 +136,25 @@ class RunOptions:
         bool,
         typer.Option("--remeasure", rich_help_panel=MEMORY, help="Measure the drive again, and keep what is found."),
     ] = RunConfig.remeasure
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="MODEL",
+            rich_help_panel=MEMORY,
+            help="A small model with the same tokenizer that guesses ahead, or ngram: the text itself. "
+            "Changes the speed only.",
+        ),
+    ] = RunConfig.draft
+    speculate: Annotated[
+        str,
+        typer.Option(
+            "--speculate",
+            metavar="N",
+            rich_help_panel=MEMORY,
+            help="Tokens to draft at once: 1 to 16, auto by what drafting and checking cost, off.",
+        ),
+    ] = RunConfig.speculate
     exact: Annotated[
         bool,
         typer.Option(
@@ -155,12 +174,12 @@ class RunOptions:
         ),
     ] = RunConfig.window
     expert_policy: Annotated[
-        Literal["stale", "lru", "lru-layer", "lfu", "pinned"],
+        Literal["stale", "lru", "lru-layer", "lfu", "pinned", "none"],
         typer.Option(
             "--expert-policy",
             rich_help_panel=MEMORY,
-            help="Which experts stay: the least stale, the latest used (of all, or of each layer), the most used, or "
-            "those of the first layers.",
+            help="Which experts stay: the least stale, the latest used (of all, or of each layer), the most used, "
+            "those of the first layers, or none.",
         ),
     ] = RunConfig.expert_policy
     prefetch_experts: Annotated[

@@ -6,7 +6,7 @@ Ids come in and events come out; text is only touched at the edge, where a token
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -18,7 +18,8 @@ from ..config import SamplingParams
 from ..errors import ContextError, UsageError
 from ..models.decoder import Decoder
 from ..report import Recorder
-from .sampling import make_sampler
+from .sampling import Sampler, make_sampler
+from .speculative import Speculator, accept
 from .stopping import StopMatcher
 
 FinishReason = Literal["stop", "length"]
@@ -84,6 +85,23 @@ class Session:
         self.check(logits)
         return logits[-1]
 
+    def verify(
+        self, tokens: Sequence[int], logits: Literal["last", "all"] = "all", *, more: bool = False
+    ) -> torch.Tensor:
+        """Run tokens as while decoding, each to the bits it would have alone; logits [n, V], or [1, V] of the last.
+
+        They count as decoded once the caller says how many stand (`emitted`).
+        """
+        with self._phase("decode", 0):
+            out = self._run(list(tokens), logits, 0, [True] if more else [])
+        assert out is not None
+        self.check(out)
+        return out
+
+    def emitted(self, tokens: int) -> None:
+        """Count tokens that verified passes brought."""
+        self.recorder.phases["decode"].tokens += tokens
+
     def all_logits(
         self, ids: Sequence[int], chunk: int, phase: Literal["prefill", "decode"] = "prefill"
     ) -> Iterator[torch.Tensor]:
@@ -105,7 +123,7 @@ class Session:
 
     def _phase(self, name: Literal["prefill", "decode"], tokens: int) -> AbstractContextManager[None]:
         self.decoder.rt.feed.store.tick()
-        self.decoder.rt.mode.sparse = name == "decode"
+        self.decoder.rt.mode.decoding = name == "decode"
         return self.recorder.during(name, tokens)
 
     def _run(
@@ -141,6 +159,7 @@ def generate(
     params: SamplingParams,
     *,
     text: TextStream | None,
+    speculator: Speculator | None = None,
     progress: Callable[[int, int], None] | None = None,
     first_token: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[TokenEvent]:
@@ -164,10 +183,10 @@ def generate(
     else:
         generator.manual_seed(params.seed)
     matcher = StopMatcher(params.stop)
+    repeatable = params.seed is not None and not sampler.greedy
+    tokens = _tokens(session, ids, limit, sampler, generator, speculator, repeatable, progress)
     try:
-        logits = session.prefill(ids, more=limit > 1, progress=progress)
-        for index in range(limit):
-            token = sampler.sample(sampler.probs(logits.float().cpu(), session.ids), generator)
+        for index, token in enumerate(tokens):
             if index == 0:
                 first_token(time.perf_counter() - start)
             ended = token in params.stop_token_ids
@@ -180,6 +199,46 @@ def generate(
             yield TokenEvent(index, token, shown, reason)
             if reason is not None:
                 return
-            logits = session.step(token, more=index + 2 < limit)
     finally:
+        tokens.close()
         session.decoder.rt.feed.end()
+
+
+def _tokens(
+    session: Session,
+    ids: Sequence[int],
+    limit: int,
+    sampler: Sampler,
+    generator: torch.Generator,
+    speculator: Speculator | None,
+    repeatable: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Generator[int, None, None]:
+    """The tokens that follow, `limit` at most, one by one or in runs that a draft proposed."""
+    logits = session.prefill(ids, more=limit > 1, progress=progress)
+    token = sampler.sample(sampler.probs(logits.float().cpu(), session.ids), generator)
+    yield token
+    made = 1
+    while made < limit:
+        context = [*session.ids, token]
+        if speculator is None:
+            logits = session.step(token, more=made + 1 < limit)
+            token = sampler.sample(sampler.probs(logits.float().cpu(), context), generator)
+            yield token
+            made += 1
+            continue
+        begin = time.perf_counter()
+        count = speculator.choose(limit - made - 1, repeatable)
+        drafted, q = speculator.draft.propose(context, count, sampler, generator) if count else ([], None)
+        if count and not drafted:
+            speculator.missed()
+        drafted_in, begin = time.perf_counter() - begin, time.perf_counter()
+        rows = session.verify([token, *drafted], more=made + 1 < limit).float().cpu()
+        seconds = time.perf_counter() - begin
+        p = [sampler.probs(row, [*context, *drafted[:i]]) for i, row in enumerate(rows)]
+        kept, token = accept(p, drafted, q, sampler, generator)
+        session.trim(len(context) + kept)
+        session.emitted(kept + 1)
+        speculator.note(len(drafted), kept, drafted_in, seconds)
+        yield from (*drafted[:kept], token)
+        made += kept + 1

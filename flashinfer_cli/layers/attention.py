@@ -107,7 +107,17 @@ class Attention:
                 assert positions is None
                 cos, sin = rope.cos_sin(torch.arange(start + tokens, device=x.device), rope_length)
                 keys = rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
-            mixed = attend(q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap)
+            how = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+            q = q.transpose(0, 1)
+            if rt.mode.decoding and tokens > 1:  # the bits of a token must not depend on how many are checked with it
+                held = keys.shape[1] - tokens
+                rows = (
+                    attend(q[:, t : t + 1], keys[:, : held + t + 1], values[:, : held + t + 1], **how)
+                    for t in range(tokens)
+                )
+                mixed = torch.cat(list(rows))
+            else:
+                mixed = attend(q, keys, values, **how)
         return self.out(mixed, rt)
 
     def _project(self, x: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -77,7 +77,7 @@ class SparseFfn:
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]."""
         dense = self.dense
-        if not rt.mode.sparse:
+        if not rt.mode.decoding:
             rt.feed.demand([part.slice for part in dense.parts])
             return dense(x, rt)
         out = torch.zeros_like(x)

@@ -13,9 +13,10 @@ from ..report import Recorder
 
 @dataclass
 class Mode:
-    """How the pass under way treats FFNs that have a predictor: all neurons, or those predicted to fire."""
+    """Is the pass under way one of decoding: token by token where it matters to the last bit, and where an FFN has a
+    predictor on the neurons that it names. A prompt is computed at once, and on all of them."""
 
-    sparse: bool = False
+    decoding: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""What may guess the next tokens: another model, or the text itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..errors import UsageError
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..tokenizer import Tokenizer
+
+AT_ONCE = 32  # tokens that a draft reads as decoding; more are a prompt
+LONGEST, SHORTEST = 6, 2  # tokens of a suffix that is looked for
+
+
+class NGramDraft:
+    """Prompt lookup: what followed when the last few tokens stood in the text before. No model, nothing read.
+
+    The longest suffix that occurs earlier decides, its latest occurrence first.
+    """
+
+    def propose(
+        self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
+    ) -> tuple[list[int], torch.Tensor | None]:
+        text = np.asarray(ids, np.int64)
+        for length in range(min(LONGEST, len(text) - 1), SHORTEST - 1, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)
+            found = np.flatnonzero((windows == text[-length:]).all(axis=1))
+            if len(found):
+                start = int(found[-1]) + length
+                return text[start : start + count].tolist(), None
+        return [], None
+
+    def close(self) -> None:
+        return
+
+
+class ModelDraft:
+    """A small model with the target's tokenizer, resident, drawing under the same sampling as the target."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.session = engine.session()
+
+    def propose(
+        self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
+    ) -> tuple[list[int], torch.Tensor | None]:
+        session = self.session
+        count = min(count, session.kv.capacity - len(ids))
+        if count < 1:
+            return [], None
+        same = 0
+        for ours, theirs in zip(session.ids, ids, strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        session.trim(min(same, len(ids) - 1))
+        behind = list(ids[len(session.ids) :])
+        logits = session.prefill(behind)[None] if len(behind) > AT_ONCE else session.verify(behind, "last")
+        drafted: list[int] = []
+        rows: list[torch.Tensor] = []
+        vocab = self.engine.config.vocab_size
+        for index in range(count):
+            q = sampler.probs(logits[-1].float().cpu()[:vocab], [*ids, *drafted])
+            drafted.append(sampler.sample(q, generator))
+            rows.append(q)
+            if index + 1 < count:
+                logits = session.verify([drafted[-1]], "last")
+        return drafted, torch.stack(rows)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def check_same_ids(target: Tokenizer, draft: Tokenizer, name: str) -> None:
+    """Raises UsageError, naming the first difference, where the two do not mean the same tokens by the same ids."""
+    if target.fingerprint() == draft.fingerprint():
+        return
+    for i in range(max(target.vocab_size, draft.vocab_size)):
+        if target.id_to_token(i) != draft.id_to_token(i):
+            raise UsageError(
+                f"The draft {name} has another tokenizer: id {i} is {draft.id_to_token(i)!r} there and "
+                f"{target.id_to_token(i)!r} in the model.",
+                "A draft must have the same vocabulary; or take --draft ngram.",
+            )
