@@ -351,24 +351,25 @@ def _with_draft(
 ) -> Engine:
     """The engine with a draft beside it, in the same budget: the draft is loaded first, in full, and is then part of
     the process as the plan sees it."""
-    assert run.draft is not None
+    name = run.draft
+    assert name is not None
     draft: Draft = NGramDraft()
-    if run.draft != "ngram":
-        small = open_model(run.draft)
-        check_same_ids(opened.tokenizer, small.tokenizer, run.draft)
+    if name != "ngram":
+        small = open_model(name)
+        check_same_ids(opened.tokenizer, small.tokenizer, name)
         if run.context is None and need is not None:
             run = replace(run, context=min(need(opened.tokenizer), opened.config.max_position_embeddings))
         longest = small.config.max_position_embeddings or DEFAULT_CONTEXT
         context = min(run.context or DEFAULT_CONTEXT, longest)
         engine = Engine(small, replace(run, draft=None, speculate="auto", stream="never", context=context))
-        draft = ModelDraft(engine)
+        draft = ModelDraft(engine.session(), engine.config.vocab_size, engine.close)
         if notify is not None:
-            notify(f"draft {run.draft}: {engine.plan}")
+            notify(f"draft {name}: {engine.plan}")
     try:
         found = Engine(opened, run, notify=notify, need=need, progress=progress)
     except BaseException:
         draft.close()
         raise
     fixed = int(run.speculate) if run.speculate.isdigit() else None
-    found.speculator = Speculator(draft, run.draft, fixed)
+    found.speculator = Speculator(draft, name, fixed)
     return found

@@ -223,7 +223,7 @@ def test_greedy_text_is_the_same(family, index, tmp_path):
         for prompt in prompts:
             engine.speculator = None
             want = [event.token_id for event in engine.generate(prompt, params)]
-            own = Speculator(ModelDraft(other), "itself", fixed=5)
+            own = Speculator(ModelDraft(other.session(), other.config.vocab_size, other.close), "itself", fixed=5)
             for engine.speculator in (Speculator(NGramDraft(), "ngram", fixed=3), own):
                 assert [event.token_id for event in engine.generate(prompt, params)] == want
             assert own.accepted == own.drafted > 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +12,8 @@ from ..errors import UsageError
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from ..engine import Engine
     from ..tokenizer import Tokenizer
+    from .generate import Session
 
 AT_ONCE = 32  # tokens that a draft reads as decoding; more are a prompt
 LONGEST, SHORTEST = 6, 2  # tokens of a suffix that is looked for
@@ -44,9 +44,8 @@ class NGramDraft:
 class ModelDraft:
     """A small model with the target's tokenizer, resident, drawing under the same sampling as the target."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.session = engine.session()
+    def __init__(self, session: Session, vocab_size: int, close: Callable[[], None]) -> None:
+        self.session, self.vocab_size, self.close = session, vocab_size, close
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -65,17 +64,13 @@ class ModelDraft:
         logits = session.prefill(behind)[None] if len(behind) > AT_ONCE else session.verify(behind, "last")
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
-        vocab = self.engine.config.vocab_size
         for index in range(count):
-            q = sampler.probs(logits[-1].float().cpu()[:vocab], [*ids, *drafted])
+            q = sampler.probs(logits[-1].float().cpu()[: self.vocab_size], [*ids, *drafted])
             drafted.append(sampler.sample(q, generator))
             rows.append(q)
             if index + 1 < count:
                 logits = session.verify([drafted[-1]], "last")
         return drafted, torch.stack(rows)
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 def check_same_ids(target: Tokenizer, draft: Tokenizer, name: str) -> None:

@@ -11,6 +11,7 @@ from .activations import ACTIVATIONS
 
 LANES = 16  # 32-bit words of our blocks
 TILE_BYTES = 1 << 20  # of float32, converted at a time
+APART = 32  # up to so many tokens are multiplied one by one: the same bits for each, whatever stands beside it
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,6 +54,13 @@ def _tiles(rows: int, cols: int) -> Iterator[slice]:
         yield slice(first, min(first + step, rows))
 
 
+def _times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, cols] @ weight [cols, rows]; torch rounds products of several rows in another way than of one."""
+    if not 1 < len(x) <= APART:
+        return x @ weight
+    return torch.cat([x[t : t + 1].clone() @ weight for t in range(len(x))])
+
+
 class ReferenceKernels:
     """`Kernels` in plain torch; scratch is about TILE_BYTES, however large the weights."""
 
@@ -60,7 +68,7 @@ class ReferenceKernels:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         for tile in _tiles(weight.shape[0], x.shape[1]):
-            out[:, start + tile.start : start + tile.stop] = x @ to_float(weight[tile], fmt).T
+            out[:, start + tile.start : start + tile.stop] = _times(x, to_float(weight[tile], fmt).T)
 
     def ffn_records(
         self,
@@ -72,6 +80,10 @@ class ReferenceKernels:
         bias: tuple[torch.Tensor | None, torch.Tensor | None] | None,
         out: torch.Tensor,
     ) -> None:
+        if 1 < len(x) <= APART:
+            for t in range(len(x)):
+                self.ffn_records(x[t : t + 1].clone(), records, fmt, gated, act, bias, out[t : t + 1])
+            return
         part = x.shape[1] // FORMATS[fmt][0] * FORMATS[fmt][1]
         gate_bias, up_bias = bias or (None, None)
 

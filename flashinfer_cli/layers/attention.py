@@ -95,30 +95,37 @@ class Attention:
             if not self.norm_all_heads:
                 q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
             start, rope = kv.length, self.rope
-            if rope is not None:
+            if rope is not None and not rope.varies:
                 here = torch.arange(start, start + tokens, device=x.device) if positions is None else positions
                 cos, sin = rope.cos_sin(here, rope_length)
-                q = rope.apply(q, cos, sin)
-                # Where the rotation changes with the length, keys are kept unrotated and turned when used.
-                k = k if rope.varies else rope.apply(k, cos, sin)
+                q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
+            assert positions is None or rope is None or not rope.varies
             skipped = None if positions is None else positions.tolist()
             keys, values = kv.append(self.layer, k.transpose(0, 1), v.transpose(0, 1), skipped)
-            if rope is not None and rope.varies:
-                assert positions is None
-                cos, sin = rope.cos_sin(torch.arange(start + tokens, device=x.device), rope_length)
-                keys = rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
-            how = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
-            q = q.transpose(0, 1)
             if rt.mode.decoding and tokens > 1:  # the bits of a token must not depend on how many are checked with it
                 held = keys.shape[1] - tokens
                 rows = (
-                    attend(q[:, t : t + 1], keys[:, : held + t + 1], values[:, : held + t + 1], **how)
+                    self._attend(
+                        q[t : t + 1].clone(), keys[:, : held + t + 1], values[:, : held + t + 1], start + t + 1
+                    )
                     for t in range(tokens)
                 )
                 mixed = torch.cat(list(rows))
             else:
-                mixed = attend(q, keys, values, **how)
+                mixed = self._attend(q, keys, values, rope_length)
         return self.out(mixed, rt)
+
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope_length: int) -> torch.Tensor:
+        """q [T, heads, hd] are the last T of the keys' positions -> [T, heads * hd].
+
+        Where the rotation changes with the length, keys are kept unrotated, and all is turned here.
+        """
+        if self.rope is not None and self.rope.varies:
+            here = torch.arange(keys.shape[1], device=q.device)
+            cos, sin = self.rope.cos_sin(here, rope_length)
+            q = self.rope.apply(q, cos[-len(q) :], sin[-len(q) :])
+            keys = self.rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
+        return attend(q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap)
 
     def _project(self, x: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outs = [projection(x, rt) for projection in self.projections]

@@ -26,11 +26,11 @@ class DenseFfn:
         if self.gate is None:
             h = self.up(x, rt)
             with rt.recorder.computing():
-                h = ACTIVATIONS[self.act](h)
+                h = rt.apart(ACTIVATIONS[self.act], h)
         else:
             g, h = self.gate(x, rt), self.up(x, rt)
             with rt.recorder.computing():
-                h = ACTIVATIONS[self.act](g).mul_(h)
+                h = rt.apart(ACTIVATIONS[self.act], g).mul_(h)
         return self.down(h, rt)
 
 

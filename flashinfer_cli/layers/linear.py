@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,17 @@ class Runtime:
     feed: Feed
     recorder: Recorder
     mode: Mode = field(default_factory=Mode)
+
+    def apart(self, work: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+        """`work` of tensors [T, ...] -> [T, ...]; while decoding of each row by itself.
+
+        Kernels give a token the same bits whatever stands beside it. Torch's matrix products do not, nor do those of
+        its elementwise operators that take the end of a tensor another way than its vectors (silu, gelu, sigmoid).
+        """
+        tokens = len(rows[0])
+        if not self.mode.decoding or tokens == 1:
+            return work(*rows)
+        return torch.cat([work(*(each[t : t + 1].clone() for each in rows)) for t in range(tokens)])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .linear import Runtime
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -33,8 +35,8 @@ class TokenRouter:
     router: torch.Tensor  # float32 [1, d]
     predictor: Predictor | None  # None: the router decides
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, d] -> (weights r [T], positions in x of those that are computed, int64 in order)."""
-        weights = F.linear(x, self.router)[:, 0]
-        decisions = weights if self.predictor is None else self.predictor(x)
+        weights = rt.apart(lambda row: F.linear(row, self.router)[:, 0], x)
+        decisions = weights if self.predictor is None else rt.apart(self.predictor, x)
         return weights, (decisions > 0).nonzero()[:, 0]

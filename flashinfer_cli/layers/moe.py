@@ -150,7 +150,7 @@ class MoeFfn:
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
         with rt.recorder.computing():
-            logits = F.linear(x, self.router, self.router_bias)
+            logits = rt.apart(lambda row: F.linear(row, self.router, self.router_bias), x)
             weights, chosen = self._route(logits, rt)
             by_rank = x.new_empty(*chosen.shape, x.shape[-1])
             asked = chosen.cpu().numpy()
@@ -182,7 +182,8 @@ class MoeFfn:
             return None
         extra = self.shared(x, rt)
         if self.shared_gate is not None:
-            extra *= torch.sigmoid(F.linear(x, self.shared_gate))
+            gate = self.shared_gate
+            extra *= rt.apart(lambda row: torch.sigmoid(F.linear(row, gate)), x)
         return extra
 
     def _expert(self, x: torch.Tensor, layout: ExpertLayout, pieces: list[torch.Tensor], rt: Runtime) -> torch.Tensor:
@@ -192,5 +193,5 @@ class MoeFfn:
             rt.kernels.linear(x, weight, part.format, out, 0)
             return out
 
-        h = ACTIVATIONS[self.act](times(x, layout.gate)).mul_(times(x, layout.up))
+        h = rt.apart(ACTIVATIONS[self.act], times(x, layout.gate)).mul_(times(x, layout.up))
         return times(h, layout.down)

@@ -60,7 +60,7 @@ class Block:
         Where it keeps none nothing is computed, no key is written and no byte is asked for.
         """
         with rt.recorder.computing():
-            weights, kept = depth(x)
+            weights, kept = depth(x, rt)
         rt.recorder.skips(len(x), len(x) - len(kept))
         if not len(kept):
             return x
