@@ -175,11 +175,11 @@ class RunConfig:
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
-    expert_policy: Literal["stale", "lru", "lru-layer", "lfu", "pinned", "none"] = "stale"  # which experts stay (an MoE)
+    expert_policy: Literal["lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "lfu"  # which experts stay (an MoE)
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
     lookahead: int = 1  # layers ahead to guess the experts of
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
-    keep_top: int | None = None  # with it, the best that are chosen in any case; None: 1 of at most 8 experts, else 2
+    keep_top: int | None = None  # with it, the best that are chosen in any case; None: 1 of few experts, else 2
     logit_rows: int = 1  # rows of logits held at once: one to generate, more to evaluate
     # compiled: made now if need be; reference: the plain torch twins; auto: compiled, unless they are still to be made
     # and the model is too small to be worth it.
@@ -217,7 +217,7 @@ class RunConfig:
             raise UsageError("The I/O threads and the prefill chunk must be at least 1.")
 
 
-EXPERT_POLICIES = ("stale", "lru", "lru-layer", "lfu", "pinned")
+EXPERT_POLICIES = ("lfu", "stale", "lru", "lru-layer", "pinned")
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet

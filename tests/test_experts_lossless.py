@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tiny_models import make, tiny_config_dicts
 
 import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
-from flashinfer_cli.config import EXPERT_POLICIES
+from flashinfer_cli.config import EXPERT_POLICIES, RunConfig
 from flashinfer_cli.engine import Engine
 
 CASES = [(f, i) for f in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe") for i in range(len(tiny_config_dicts()[f]))]
@@ -102,10 +103,10 @@ def test_no_bias_is_no_change_and_some_is_labelled(
     folder: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slots(monkeypatch, 4, 3)
-    with fc.load(folder, context=60, prefill_chunk=4, cache_bias=0.0, keep_top=1) as engine:
+    with fc.load(folder, context=60, prefill_chunk=4, cache_bias=0.0, keep_top=1, expert_policy="lru") as engine:
         assert torch.equal(logits_of(engine), resident) and engine.report().exactness == "exact"
         plain = engine.experts.policy.hits() / (engine.experts.policy.hits() + engine.experts.policy.misses())
-    with fc.load(folder, context=60, prefill_chunk=4, cache_bias=1.0, keep_top=1) as engine:
+    with fc.load(folder, context=60, prefill_chunk=4, cache_bias=1.0, keep_top=1, expert_policy="lru") as engine:
         biased = logits_of(engine)
         assert torch.equal(biased[0], resident[0])  # a prompt is routed as ever
         report = engine.report()
@@ -124,3 +125,38 @@ def test_many_tokens_at_once_in_decode(folder: Path, monkeypatch: pytest.MonkeyP
                 rows = list(session.all_logits(PROMPT * 3, 6))
                 found.append(torch.cat([row.clone() for row in rows]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_the_report_and_its_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer_cli.apps.html_report import render
+    from flashinfer_cli.cli.report_tables import report_tables
+
+    slots(monkeypatch, 4, 3)
+    with fc.load(folder, context=60, prefetch_experts=2) as engine:
+        logits_of(engine)
+        found = engine.report().to_dict()
+    for report in (found, json.loads(json.dumps(found))):
+        tables = [table for table in report_tables(report) if table.title == "Experts, decode"]
+        (table,) = tables
+        assert len({len(row) for row in (table.columns, *table.rows)}) == 1
+        layers = [row for row in report["experts"] if row["phase"] == "decode"]
+        assert len(table.rows) == len(layers) + 1 and "on, as asked" in " ".join(table.notes)
+        assert "<h2>Experts</h2>" in render(report)
+    for row in layers:
+        assert row["hits"] + row["misses"] == sum(row["uses"].values()) >= row["right"]
+
+
+def test_bias_is_evaluated_token_by_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_engine import add_tokenizer
+
+    from flashinfer_cli.apps.evaluate import evaluate
+
+    add_tokenizer(folder)
+    slots(monkeypatch, 4, 3)
+    text = "A fox and a bee went out to see the sea."
+    plain, biased = (
+        evaluate(str(folder), text, RunConfig(context=30, cache_bias=bias), against="dense") for bias in (0.0, 1.0)
+    )
+    assert plain["exactness"] == "exact" and plain["mean_kl"] == pytest.approx(0, abs=1e-6)
+    assert biased["exactness"] == "sparse" and biased["mean_kl"] > 1e-6
+    assert biased["expert_hits"] + biased["expert_misses"] > 0 and "expert_hits" not in plain

@@ -42,12 +42,15 @@ def evaluate(
     loss, count = 0.0, 0
     kl, agree = 0.0, 0
     with Engine(opened, settled) as engine:
-        resident = replace(settled, stream="never", memory="100%", exact=True)
+        resident = replace(settled, stream="never", memory="100%", exact=True, cache_bias=0.0)
         dense = Engine(opened, resident) if against == "dense" else None
         try:
+            chunk = engine.plan.chunk if dense is None else min(engine.plan.chunk, dense.plan.chunk)
+            if engine.experts is not None and engine.exactness == "sparse":
+                chunk = 1  # routing looks at the cache: what is in it must be what a run would have there
             for window in windows(ids, context):
-                mine = log_probs(engine, window)
-                theirs = log_probs(dense, window) if dense is not None else None
+                mine = log_probs(engine, window, chunk)
+                theirs = log_probs(dense, window, chunk) if dense is not None else None
                 position = 0
                 for lp in mine:
                     targets = window[position + 1 : position + 1 + len(lp)]
@@ -77,6 +80,9 @@ def evaluate(
         "peak": report.peak,
         "budget": report.budget,
     }
+    if engine.experts is not None and report.decode.tokens:  # token by token: as many misses as a run would have
+        policy = engine.experts.policy
+        result |= {"expert_hits": policy.hits(), "expert_misses": policy.misses()}
     if against == "dense":
         result |= {"mean_kl": kl / count, "top1_agreement": agree / count}
     return result
@@ -88,12 +94,12 @@ def windows(ids: Sequence[int], context: int) -> Iterator[list[int]]:
         yield list(ids[first : first + context])
 
 
-def log_probs(engine: Engine, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Log-probabilities after each position of `ids`, some rows [t, V] at a time."""
+def log_probs(engine: Engine, ids: Sequence[int], chunk: int | None = None) -> Iterator[torch.Tensor]:
+    """Log-probabilities after each position of `ids`, at most `chunk` rows [t, V] at a time."""
     session = engine.session()
     try:
-        phase: Literal["prefill", "decode"] = "prefill" if engine.sparsity is None else "decode"
-        for logits in session.all_logits(ids, engine.plan.chunk, phase):
+        phase: Literal["prefill", "decode"] = "decode" if engine.exactness == "sparse" else "prefill"
+        for logits in session.all_logits(ids, chunk or engine.plan.chunk, phase):
             yield logits.cpu().log_softmax(-1)
     finally:
         engine.decoder.rt.feed.end()

@@ -23,7 +23,7 @@ SPLIT = (
 def render(report: Report) -> str:
     """The page for a RunReport.to_dict(), read back from JSON or not. Every text in it is escaped."""
     title = escape(f"{report['model'].get('name', 'model')} · genai-run")
-    sections = (_head, _warnings, _tiles, _memory, _time, _layers, _steps, _io)
+    sections = (_head, _warnings, _tiles, _memory, _time, _layers, _experts, _steps, _io)
     body = "\n".join(section(report) for section in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -182,6 +182,45 @@ def _layers(report: Report) -> str:
     if not charts:
         return ""
     return _section("Layers", "", _legend((("compute", "computing"), ("wait", "waiting for I/O"))) + "".join(charts))
+
+
+def _experts(report: Report) -> str:
+    """Hits and misses by layer, and how unevenly experts are used."""
+    cache, all_rows = report.get("expert_cache"), report.get("experts") or ()
+    phase = "decode" if any(row["phase"] == "decode" for row in all_rows) else "prefill"
+    found = [row for row in all_rows if row["phase"] == phase]
+    if not cache or not found:
+        return ""
+    bars, lines = [], []
+    for row in found:
+        name, asked = str(row["layer"]), row["hits"] + row["misses"]
+        bars.append(
+            Column(
+                name,
+                [
+                    Segment(row["hits"], "compute", f"layer {name}: {row['hits']:,} of {asked:,} found in the cache"),
+                    Segment(row["right"], "io", f"layer {name}: {row['right']:,} read ahead of need"),
+                    Segment(row["misses"] - row["right"], "wait", f"layer {name}: read when asked for"),
+                ],
+            )
+        )
+        recall = next((value for ahead, value in row["recall"].items() if str(ahead) == "1"), None)
+        most = max(row["uses"].values(), default=0)
+        lines.append(
+            (
+                escape(name), f"{asked:,}", _share(row["hits"], asked), "–" if recall is None else f"{recall:.0%}",
+                f"{row['guessed']:,}", _share(row["right"], row["guessed"]), format_size(row["wasted_bytes"]),
+                f"{len(row['uses'])}", _share(most, sum(row["uses"].values())),
+            )
+        )  # fmt: skip
+    header = ("layer", "asked for", "hits", "recall", "read ahead", "right", "wasted", "in use", "most used")
+    legend = (("compute", "in the cache"), ("io", "read ahead of need"), ("wait", "read when asked for"))
+    note = (
+        f"{phase}: {cache['slots']:,} of {cache['experts']:,} experts stay, by policy {cache['policy']}. "
+        f"Reading ahead is {cache['prefetch']['verdict']}."
+    )
+    chart = columns(bars, label=f"Experts asked for by layer in {phase}", unit=_count)
+    return _section("Experts", note, _legend(legend) + chart + _table(header, lines, left=(0,)))
 
 
 def _steps(report: Report) -> str:

@@ -133,7 +133,7 @@ class ExpertCache:
         """How many layers ahead to guess."""
         if self.trace is not None:
             return (1, 2, 4)
-        return tuple(range(1, self.lookahead + 1)) if self.guessing.most else ()
+        return tuple(range(1, self.lookahead + 1)) if self.guessing.active else ()
 
     def guess(self, layer: int, ahead: int, experts: Sequence[int]) -> None:
         """`experts`, best first, are what a layer to come is thought to need: read the first of them ahead of need."""

@@ -38,6 +38,11 @@ class Guessing:
     def trying(self) -> bool:
         return self.setting == "auto" and self.most > 0 and self._passes <= WARM + 2 * PASSES
 
+    @property
+    def active(self) -> bool:
+        """Are guesses to be made now; where not, not even the router is asked."""
+        return self._on and self.most > 0
+
     def begin(self, seconds: float | None) -> None:
         """A decode pass begins; the one before took so long."""
         if not self.trying:
@@ -54,7 +59,7 @@ class Guessing:
 
     def number(self) -> int:
         """Guesses to fetch now, of the best."""
-        if not self._on:
+        if not self.active:
             return 0
         if self.setting != "auto":
             return self.most
@@ -83,7 +88,7 @@ class Guessing:
         else:
             verdict = "on: faster than without" if self._on else "off: slower than without"
         return {
-            "setting": self.setting, "verdict": verdict, "on": self._on and self.most > 0, "most": self.most,
+            "setting": self.setting, "verdict": verdict, "on": self.active, "most": self.most,
             "seconds_without": without, "seconds_with": with_,
             "right_by_rank": [round(each, 3) for each in self._right],
             "begun_by_rank": [round(each, 3) for each in self._begun],

@@ -18,7 +18,7 @@ from ..config import EXPERT_POLICIES
 from ..errors import UsageError
 
 Key = tuple[int, int]  # layer, id
-HALF_LIFE = 32  # tokens after which a use counts half, for `lfu`
+HALF_LIFE = 64  # tokens after which a use counts half, for `lfu`
 PINNED_SHARE = 0.5  # of the room, for the first layers, with `pinned`
 NEVER = np.iinfo(np.int64).max
 
@@ -263,7 +263,9 @@ class Belady(Policy):
 
 
 def expert_policy(name: str, records: Mapping[int, int], capacity: int) -> Policy:
-    """One of EXPERT_POLICIES by its name; UsageError for any other."""
+    """One of EXPERT_POLICIES by its name, or "none", which keeps nothing; UsageError for any other."""
+    if name == "none":
+        return Lru(records, 0)
     if name == "lru-layer":
         return Lru(records, capacity, per_layer=True)
     kinds: dict[str, type[Lru] | type[Pinned] | type[Lfu] | type[LeastStale]] = {

@@ -174,12 +174,12 @@ class RunOptions:
         ),
     ] = RunConfig.window
     expert_policy: Annotated[
-        Literal["stale", "lru", "lru-layer", "lfu", "pinned", "none"],
+        Literal["lfu", "stale", "lru", "lru-layer", "pinned", "none"],
         typer.Option(
             "--expert-policy",
             rich_help_panel=MEMORY,
-            help="Which experts stay: the least stale, the latest used (of all, or of each layer), the most used, "
-            "those of the first layers, or none.",
+            help="Which experts stay: the most used of late, the least stale, the latest used (of all, or of each "
+            "layer), those of the first layers, or none.",
         ),
     ] = RunConfig.expert_policy
     prefetch_experts: Annotated[
@@ -215,7 +215,7 @@ class RunOptions:
             metavar="J",
             rich_help_panel=MEMORY,
             help="With --cache-bias: the best J experts are chosen in any case.",
-            show_default="1 of at most 8 experts, else 2",
+            show_default="1 where experts are few, else 2",
         ),
     ] = RunConfig.keep_top
     kernels: Annotated[

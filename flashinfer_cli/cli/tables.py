@@ -135,6 +135,9 @@ def evaluation_table(found: Mapping[str, Any]) -> Table:
     if "mean_kl" in found:
         rows["mean KL from dense"] = f"{found['mean_kl']:.3g} nats"
         rows["same first choice"] = f"{found['top1_agreement']:.2%}"
+    if "expert_hits" in found:
+        hits, misses = found["expert_hits"], found["expert_misses"]
+        rows["experts"] = f"{share(hits, hits + misses)} hits, {misses:,} misses, token by token"
     rows["exactness"] = str(found["exactness"])
     rows["peak memory"] = f"{format_size(found['peak'])} of {format_size(found['budget'])}"
     return facts("", rows)

@@ -259,7 +259,8 @@ class Builder:
                 lookahead=run.lookahead,
             )
             if run.cache_bias:
-                few = max(len(e) for e in extents.values()) <= 8
+                moe = self.config.moe
+                few = moe is not None and (moe.num_experts <= 8 or moe.num_experts_per_tok <= 2)
                 self.bias = CacheBias(run.cache_bias, run.keep_top if run.keep_top is not None else 1 if few else 2)
             if plan.everything_fits:
                 self.experts.fill()

@@ -1,0 +1,156 @@
+"""Figures of 2312.17238 on our models: what routing gives a cache to find, what guesses find, and what each part earns.
+
+    python -m benchmarks.experts routing MODEL TEXT... [--tokens N] [--out FOLDER]
+    python -m benchmarks.experts bias MODEL TEXT... [--memory SIZE | --slots N] [--tokens N]
+    python -m benchmarks.experts ablation MODEL [--memory SIZE] [--tokens N]
+
+`routing` feeds held-out text token by token, records it, and replays it: hit ratio against k, recall against lookahead
+and number, beside chance. `bias` measures perplexity against misses for cache-aware routing. `ablation` is the paper's
+Table 2: everything, without reading ahead, without the cache, and neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flashinfer_cli as fc
+from flashinfer_cli import engine as engine_module
+from flashinfer_cli.apps.recording import recording
+from flashinfer_cli.apps.replay import replay
+from flashinfer_cli.apps.replay_page import render
+from flashinfer_cli.cli.console import Console
+from flashinfer_cli.cli.replay import replay_tables
+from flashinfer_cli.training.data import read_documents, split
+
+WINDOW = 256  # tokens of a story that are fed
+PARTS = {
+    "full": {},
+    "no pre-load": {"prefetch_experts": "off"},
+    "no cache": {"expert_policy": "none"},
+    "naive": {"expert_policy": "none", "prefetch_experts": "off"},
+}
+
+
+@contextmanager
+def with_slots(slots: int | None, transit: int = 3) -> Iterator[None]:
+    """Load models with so many expert slots in place of what the budget gives: for models too small to cap."""
+    made = engine_module.make_plan
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        plan = made(*args, **kwargs)
+        if slots is None:
+            return plan
+        return replace(plan, expert_slots=slots, transit_experts=transit, streamed_bytes=max(1, plan.streamed_bytes))
+
+    engine_module.make_plan = changed
+    try:
+        yield
+    finally:
+        engine_module.make_plan = made
+
+
+def held_out(engine: fc.Engine, texts: list[Path], tokens: int) -> Iterator[list[int]]:
+    """Held-out stories as ids, at most WINDOW each, together about `tokens`."""
+    stories = split(read_documents(texts))[1]
+    random.Random(0).shuffle(stories)
+    for story in stories:
+        if tokens <= 0:
+            return
+        ids = engine.tokenizer.encode(story)[: min(WINDOW, tokens + 1)]
+        if len(ids) > 1:
+            tokens -= len(ids) - 1
+            yield ids
+
+
+def feed(engine: fc.Engine, texts: list[Path], tokens: int) -> float:
+    """Stories one after the other, each token by token, the cache staying as it is; returns the mean loss in nats."""
+    loss, count = 0.0, 0
+    for ids in held_out(engine, texts, tokens):
+        session = engine.session()
+        logits = session.prefill(ids[:1], more=True)
+        for index, token in enumerate(ids[1:], 1):
+            loss -= float(torch.log_softmax(logits.float(), -1)[token])
+            count += 1
+            logits = session.step(token, more=index + 1 < len(ids))
+        engine.decoder.rt.feed.end()
+    return loss / count
+
+
+def routing(given: argparse.Namespace) -> None:
+    given.out.mkdir(parents=True, exist_ok=True)
+    trace = given.out / "experts.jsonl.gz"
+    with with_slots(given.slots), fc.load(given.model, context=WINDOW, memory=given.memory) as engine:
+        with recording(engine, trace):
+            loss = feed(engine, given.texts, given.tokens)
+        name = engine.model.describe()["name"]
+    found = replay(trace)
+    (given.out / "experts.html").write_text(render(found))
+    (given.out / "experts.json").write_text(json.dumps(found | {"loss": loss, "model": name}))
+    Console().show(replay_tables(found))
+
+
+def bias(given: argparse.Namespace) -> None:
+    print(f"{'bias':>6} {'keep':>4} {'perplexity':>10} {'change':>8} {'misses':>7} {'a token':>9}")
+    first = 0.0
+    for strength, keep in ((0.0, 1), *((s, k) for k in (1, 2) for s in (0.1, 0.2, 0.4, 0.8, 1.6))):
+        options = {"cache_bias": strength, "keep_top": keep, "prefetch_experts": "off"}
+        with with_slots(given.slots), fc.load(given.model, context=WINDOW, memory=given.memory, **options) as engine:
+            perplexity = float(torch.tensor(feed(engine, given.texts, given.tokens)).exp())
+            policy = engine.experts.policy
+            misses, hits = policy.misses(), policy.hits()
+            tokens = engine.report().decode.tokens
+        first = first or perplexity
+        missed = f"{misses / (misses + hits):>7.1%} {misses / tokens:>9.2f}"
+        print(f"{strength:>6} {keep:>4} {perplexity:>10.3f} {perplexity / first - 1:>+8.2%} {missed}", flush=True)
+
+
+def ablation(given: argparse.Namespace) -> None:
+    print(f"{'':12} {'tok/s':>7} {'MB a token':>10} {'hits':>6} {'waiting':>8}  reading ahead")
+    for name, options in PARTS.items():
+        with with_slots(given.slots), fc.load(given.model, context=2048, memory=given.memory, **options) as engine:
+            draw = random.Random(7)
+            session = engine.session()
+            session.prefill([draw.randrange(3, engine.config.vocab_size) for _ in range(16)], more=True)
+            for index in range(given.tokens):
+                session.step(draw.randrange(3, engine.config.vocab_size), more=index + 1 < given.tokens)
+            engine.decoder.rt.feed.end()
+            report, policy = engine.report(), engine.experts.policy
+        steps = report.steps[len(report.steps) // 4 :]  # warm
+        seconds = sum(step.seconds for step in steps)
+        waiting = sum(step.wait_seconds for step in steps) / seconds
+        read = sum(step.bytes_read for step in steps) / len(steps) / 1e6
+        hits = policy.hits() / max(1, policy.hits() + policy.misses())
+        verdict = report.expert_cache["prefetch"]["verdict"]
+        rate = f"{len(steps) / seconds:>7.2f} {read:>10.1f}"
+        print(f"{name:12} {rate} {hits:>6.0%} {waiting:>8.0%}  {verdict}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for call in (routing, bias, ablation):
+        command = commands.add_parser(call.__name__)
+        command.set_defaults(call=call)
+        command.add_argument("model")
+        if call is not ablation:
+            command.add_argument("texts", nargs="+", type=Path, metavar="TEXT")
+        command.add_argument("--memory")
+        command.add_argument("--slots", type=int, help="experts that stay, whatever the budget")
+        command.add_argument("--tokens", type=int, default=64 if call is ablation else 4000)
+        if call is routing:
+            command.add_argument("--out", type=Path, default=Path("experts"))
+    given = parser.parse_args()
+    given.call(given)
+
+
+if __name__ == "__main__":
+    main()
