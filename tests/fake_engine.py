@@ -238,9 +238,10 @@ class BundlePlan:
     files: tuple[PlannedFile, ...] = (PlannedFile("trunk.safetensors", 5 * MiB),)
     total_bytes: int = 5 * MiB
     exactness: str = "exact"
+    notes: tuple[str, ...] = ()
 
 
-def bundle(model: str, out: Path, *, progress: Any = None, **options: Any) -> Path:
+def bundle(model: str, out: Path, *, notify: Any = None, progress: Any = None, **options: Any) -> Path:
     FakeEngine.seen.append(("bundle", options))
     progress(1, 2, "trunk.safetensors")
     return Path(out)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bundles import BundlePlan, plan_bundle, write_bundle
+from ..bundles import BundlePlan, chosen, plan_bundle, write_bundle
 from ..errors import TokenizerError, UsageError
 from ..models.open import OpenModel, open_model
 
@@ -27,10 +27,20 @@ def open_source(model: str | Path, revision: str | None = None) -> OpenModel:
     return opened
 
 
-def dry_run(model: str | Path, *, dtype: str = "auto", revision: str | None = None) -> BundlePlan:
+def dry_run(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    quantize: str = "none",
+    quantize_experts: str | None = None,
+    quantize_trunk: str | None = None,
+    rounding: str = "search",
+    revision: str | None = None,
+) -> BundlePlan:
     """What `bundle` would write, from the source's headers alone."""
+    quantization = chosen(quantize, quantize_experts, quantize_trunk, rounding)
     opened = open_source(model, revision)
-    return plan_bundle(opened.checkpoint, opened.config, opened.weights, dtype=dtype)
+    return plan_bundle(opened.checkpoint, opened.config, opened.weights, dtype=dtype, quantization=quantization)
 
 
 def bundle(
@@ -38,16 +48,30 @@ def bundle(
     out: str | Path,
     *,
     dtype: str = "auto",
+    quantize: str = "none",
+    quantize_experts: str | None = None,
+    quantize_trunk: str | None = None,
+    rounding: str = "search",
     overwrite: bool = False,
     revision: str | None = None,
+    notify: Callable[[str], None] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
     """Write a bundle of `model` to the folder `out`, and return its path. Resumes what was cut off.
 
-    `dtype` is of the neuron records: auto, f32, f16 or bf16. Raises BundleError where OUT is something else, or a run
-    with other parameters was cut off there; StorageError when the disk is full.
+    `dtype` is of the streamed weights that stay plain: auto, f32, f16 or bf16. `quantize` (none, int8, int4) rounds the
+    weights, to what `quantize_experts` says those that stream and to what `quantize_trunk` says the others, where these
+    are given; int4 alone leaves the trunk at int8. `rounding` is `search` or `nearest`. `notify` gets a sentence where
+    something asked for cannot be done. Raises UsageError for words that there are not or that contradict each other,
+    BundleError where OUT is something else, or a run with other parameters was cut off there; StorageError when the
+    disk is full.
     """
+    quantization = chosen(quantize, quantize_experts, quantize_trunk, rounding)
     opened = open_source(model, revision)
+    if notify is not None:
+        planned = plan_bundle(opened.checkpoint, opened.config, opened.weights, dtype=dtype, quantization=quantization)
+        for note in planned.notes:
+            notify(note)
     with _extras(opened) as extras:
         return write_bundle(
             opened.checkpoint,
@@ -55,6 +79,7 @@ def bundle(
             opened.weights,
             Path(out),
             dtype=dtype,
+            quantization=quantization,
             extras=extras,
             progress=progress,
             overwrite=overwrite,

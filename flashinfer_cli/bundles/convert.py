@@ -1,4 +1,4 @@
-"""Rows of weights as bytes: are they finite, and what are they in another dtype. numpy only, block by block."""
+"""Rows of weights as bytes: are they finite, and what are they in another format. numpy only, block by block."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..checkpoint.base import PLAIN
 from .format import is_blocks
+from .quantize import Rounding, quantize
 
 Bytes = npt.NDArray[np.uint8]  # [rows, row_bytes]
 Bits = npt.NDArray[Any]  # [rows, cols] of unsigned integers: the bit patterns of a plain dtype
@@ -16,11 +17,11 @@ Bits = npt.NDArray[Any]  # [rows, cols] of unsigned integers: the bit patterns o
 BITS: dict[str, Any] = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16, "F64": np.uint64}
 # The exponent bits; all set means infinite or not a number.
 _EXPONENT = {"F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80, "F64": 0x7FF0_0000_0000_0000}
-# Bytes of a GGUF block, and where in it its float16 scales are, in 16-bit words. All else in a block are integers.
+# Bytes of a block, and where in it its float16 scales are, in 16-bit words. All else in a block are integers.
 _SCALES: dict[str, tuple[int, tuple[int, ...]]] = {
     "Q4_0": (18, (0,)), "Q4_1": (20, (0, 1)), "Q5_0": (22, (0,)), "Q5_1": (24, (0, 1)), "Q8_0": (34, (0,)),
     "Q2_K": (84, (40, 41)), "Q3_K": (110, (54,)), "Q4_K": (144, (0, 1)), "Q5_K": (176, (0, 1)), "Q6_K": (210, (104,)),
-    "IQ4_NL": (18, (0,)), "IQ4_XS": (136, (0,)),
+    "IQ4_NL": (18, (0,)), "IQ4_XS": (136, (0,)), "Q4_G64": (72, (0, 1, 2, 3)),
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def _finite_bits(bits: Bits, dtype: str) -> bool:
 
 
 def rounds(source: str, target: str) -> bool:
-    """May converting `source` (plain or GGUF blocks) to plain `target` change a value?"""
+    """May converting `source` (plain or GGUF blocks) to `target` change a value?"""
     return target not in (source, "F32")
 
 
@@ -62,6 +63,15 @@ def convert(raw: Bytes, source: str, target: str) -> Bits:
     if not _finite_bits(bits, target):
         raise OverflowError(f"a weight is too large for {target}")
     return bits
+
+
+def encode(raw: Bytes, source: str, target: str, rounding: Rounding) -> Bytes:
+    """Finite rows of `source` in `target`, plain or blocks: uint8 [rows, row bytes]. May raise OverflowError."""
+    if source == target:
+        return raw
+    if is_blocks(target):
+        return quantize(_to_float32(raw, source), target, rounding)
+    return convert(raw, source, target).view(np.uint8)
 
 
 def _to_float32(raw: Bytes, format: str) -> npt.NDArray[np.float32]:

@@ -5,6 +5,7 @@
         trunk.safetensors         what always stays: everything but the streamed FFN weights, in forward order
         neurons-003.safetensors   one dense layer, [intermediate_size, width]: a row is gate row | up row | down column
         experts-004.safetensors   one layer of experts, [num_experts, width]: a row is w1 | w3 | w2, as in the source
+    blocks-005.safetensors    one dense layer that keeps its GGUF blocks: gate, up and down as they were
 
 A neuron is 512 n bytes long and an expert 4,096 n, and the data of every file starts on a 4,096-byte boundary, so each
 record can be read with direct I/O. Row and column of a neuron lie together as in LLM in a Flash (2312.11514, 3.2).
@@ -23,9 +24,10 @@ from ..config import WeightMap, WeightRef
 from ..errors import BundleError
 
 FORMAT_NAME = "genai-run-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: neuron records in blocks, and files of matrices kept in theirs
 MANIFEST_FILE = "bundle.json"
 TRUNK_FILE = "trunk.safetensors"
+MATRICES = "blocks-"  # beginning of the names of files of matrices
 DATA_ALIGNMENT = 4096  # start of the data of every safetensors file
 NEURON_ALIGNMENT = 512
 EXPERT_ALIGNMENT = 4096
@@ -51,7 +53,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """The real format and shape (in elements) of a tensor that safetensors has as U8 [rows, row_bytes]: GGUF blocks."""
+    """The real format and shape (in elements) of a tensor that safetensors has as U8 [rows, row_bytes]: blocks."""
 
     format: str
     shape: tuple[int, ...]
@@ -73,7 +75,7 @@ class RecordPart:
 class RecordLayout:
     """The records of one layer: `count` rows of `width_bytes` in `tensor` of `file`; zeros follow the last part.
 
-    `format` is the dtype safetensors shows: U8 where the parts differ or are GGUF blocks.
+    `format` is the dtype safetensors shows: U8 where the parts differ or are blocks.
     """
 
     kind: Literal["neurons", "experts"]
@@ -174,7 +176,7 @@ def align_up(size: int, alignment: int) -> int:
 
 
 def is_blocks(format: str) -> bool:
-    """Is it one of GGUF's formats of several elements a block?"""
+    """Is it a format of several elements a block, GGUF's or ours?"""
     return FORMATS[format][0] > 1
 
 
@@ -203,7 +205,7 @@ def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> b
 
 
 def neuron_layout(layer: int, count: int, dtype: str, parts: Sequence[tuple[str, int]]) -> RecordLayout:
-    """Records of one dense layer: `count` neurons, `parts` as (role, elements) in order, all of plain `dtype`."""
+    """Records of one dense layer: `count` neurons, `parts` as (role, elements) in order, all of `dtype`."""
     placed: list[RecordPart] = []
     offset = 0
     for role, cols in parts:
@@ -211,7 +213,8 @@ def neuron_layout(layer: int, count: int, dtype: str, parts: Sequence[tuple[str,
         placed.append(RecordPart(role, offset, nbytes, 1, cols, dtype))
         offset += nbytes
     width, name = align_up(offset, NEURON_ALIGNMENT), f"neurons-{layer:03}.safetensors"
-    return RecordLayout("neurons", name, f"layers.{layer}.neurons", count, width, dtype, tuple(placed))
+    shown = "U8" if is_blocks(dtype) else dtype
+    return RecordLayout("neurons", name, f"layers.{layer}.neurons", count, width, shown, tuple(placed))
 
 
 def expert_layout(layer: int, count: int, parts: Sequence[tuple[str, int, int, str]]) -> RecordLayout:

@@ -12,7 +12,7 @@ from ..checkpoint.base import TensorInfo
 from ..checkpoint.safetensors_header import read_header
 from ..config import WeightMap
 from ..errors import BundleError, CheckpointError, CheckpointNotFoundError
-from .format import DATA_ALIGNMENT, MANIFEST_FILE, TRUNK_FILE, Manifest, RecordLayout, StoredFormat
+from .format import DATA_ALIGNMENT, MANIFEST_FILE, MATRICES, TRUNK_FILE, Manifest, RecordLayout, StoredFormat
 from .publish import partial_folder
 
 _AGAIN = "Make the bundle again, or copy it again in full."
@@ -22,8 +22,8 @@ _AGAIN = "Make the bundle again, or copy it again in full."
 class BundleCheckpoint:
     """A bundle as a Checkpoint. `tensors` has the trunk's, in their real formats, and one of records a streamed layer.
 
-    `weights` maps roles to the trunk's tensors. FFN weights that stream are in `records` by layer instead: record n of
-    layer l is row n of `tensors[records[l].tensor]`.
+    `weights` maps roles to the trunk's tensors, and to matrices kept as they were. Other FFN weights that stream are in
+    `records` by layer: record n of layer l is row n of `tensors[records[l].tensor]`.
     """
 
     path: Path
@@ -74,7 +74,8 @@ def open_bundle(path: Path) -> BundleCheckpoint:
         size = file.stat().st_size
         if size != entry.bytes:
             raise BundleError(f"{file} is {size} bytes long, not {entry.bytes} as the bundle's manifest says.", _AGAIN)
-    for name in dict.fromkeys((TRUNK_FILE, *(layout.file for layout in manifest.records.values()))):
+    matrices = (name for name in manifest.files if name.startswith(MATRICES))
+    for name in dict.fromkeys((TRUNK_FILE, *(layout.file for layout in manifest.records.values()), *matrices)):
         if name not in manifest.files:
             raise BundleError(f"The manifest of {path} does not list {name}.", _AGAIN)
         tensors |= _read_header(path / name, manifest.formats)

@@ -1,5 +1,7 @@
 """The bytes of each file of a bundle, one after another, in bounded memory, however large the model.
 
+What is converted is converted by several threads, a block of rows each.
+
 A dense layer is written in bands of neurons: rows of gate and up, columns of down. Where a layer is more than one band,
 down is first transposed into a scratch file, a batch of its rows at a time, so that nothing is read or written in small
 pieces: reading the columns straight from the source took three times as long. Output is sequential, and so hashed as it
@@ -9,8 +11,10 @@ is written.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -19,13 +23,14 @@ from tempfile import TemporaryFile
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.base import TensorInfo
+from ..checkpoint.base import FORMATS, PLAIN, TensorInfo
 from ..config import MiB
 from ..errors import CorruptCheckpointError, UnsupportedModelError
-from .convert import BITS, Bits, all_finite, convert, transpose_into
-from .format import RecordLayout
-from .layout import ExpertContent, NeuronContent, PlannedFile, Rows, TrunkContent
+from .convert import BITS, Bits, Bytes, all_finite, convert, encode, transpose_into
+from .format import is_blocks
+from .layout import ExpertContent, MatrixContent, NeuronContent, PlannedFile, Rows
 from .publish import SYNC_BYTES, write_all
+from .quantize import Rounding
 from .source import SourceFiles, drop_cache, read_all
 
 Blocks = Generator[npt.NDArray[np.uint8], None, None]
@@ -47,18 +52,18 @@ def file_blocks(file: PlannedFile, folder: Path, memory_bytes: int = DEFAULT_MEM
     """
     content = file.content
     if isinstance(content, NeuronContent):
-        return _neuron_blocks(content, folder, memory_bytes)
+        return _neuron_blocks(content, folder, memory_bytes, file.rounding)
     if isinstance(content, ExpertContent):
-        return _expert_blocks(content)
-    return _trunk_blocks(content)
+        return _expert_blocks(content, file.rounding)
+    return _matrix_blocks(content, file.rounding)
 
 
 def scratch_bytes(file: PlannedFile, memory_bytes: int = DEFAULT_MEMORY) -> int:
     """Size of the scratch file that `file_blocks` makes meanwhile."""
     content = file.content
-    if not isinstance(content, NeuronContent) or _band(content.layout, memory_bytes) >= content.layout.count:
+    if not isinstance(content, NeuronContent) or _band(content, memory_bytes) >= content.layout.count:
         return 0
-    return content.layout.count * content.layout.parts[-1].nbytes
+    return content.layout.count * content.layout.parts[-1].cols * _turned(content)[1]
 
 
 def _check(raw: npt.NDArray[np.uint8], info: TensorInfo) -> None:
@@ -74,40 +79,60 @@ def _convert(raw: npt.NDArray[np.uint8], info: TensorInfo, dtype: str) -> Bits:
         raise UnsupportedModelError(f"The tensor '{info.name}' has weights too large for {dtype}.", hint) from None
 
 
-def _copy(source: SourceFiles, rows: Rows, dtype: str) -> Blocks:
-    """These rows in `dtype`, row-major."""
+def _encode(raw: Bytes, info: TensorInfo, format: str, rounding: Rounding) -> Bytes:
+    try:
+        return encode(raw, info.format, format, rounding)
+    except OverflowError:
+        hint = "Ask for --dtype bf16 or f32, without --quantize."
+        raise UnsupportedModelError(f"The tensor '{info.name}' has weights too large for {format}.", hint) from None
+
+
+def _copy(source: SourceFiles, rows: Rows, format: str, rounding: Rounding, pool: ThreadPoolExecutor) -> Blocks:
+    """These rows in `format`, row-major."""
     info = rows.info
-    most = COPY_BYTES if dtype == info.format else BLOCK_ELEMENTS
-    step = max(1, most // max(info.row_bytes, 1))
+    most = COPY_BYTES // max(info.row_bytes, 1) if format == info.format else BLOCK_ELEMENTS // max(info.cols, 1)
+    step = max(1, most)
     first = info.rows(rows.row, rows.rows).offset
-    for start in range(0, rows.rows, step):
-        count = min(step, rows.rows - start)
-        extent = info.rows(rows.row + start, count)
-        raw = np.empty((count, info.row_bytes), np.uint8)
-        source.read(info.path, extent.offset, raw)
-        source.drop(info.path, first, extent.offset + extent.nbytes - first)
+
+    def part(start: int) -> Bytes:
+        raw = np.empty((min(step, rows.rows - start), info.row_bytes), np.uint8)
+        source.read(info.path, info.rows(rows.row + start, len(raw)).offset, raw)
         _check(raw, info)
-        yield raw if dtype == info.format else _convert(raw, info, dtype).view(np.uint8)
+        return _encode(raw, info, format, rounding)
+
+    starts = range(0, rows.rows, step)
+    ahead = 1 if format == info.format else THREADS + 1
+    under_way = deque(pool.submit(part, start) for start in starts[:ahead])
+    try:
+        for start in starts:
+            done = under_way.popleft().result()
+            if start + ahead * step < rows.rows:
+                under_way.append(pool.submit(part, start + ahead * step))
+            source.drop(info.path, first, min(start + step, rows.rows) * info.row_bytes)
+            yield done
+    finally:
+        for future in under_way:
+            future.cancel()
 
 
-def _trunk_blocks(content: TrunkContent) -> Blocks:
-    with SourceFiles() as source:
+def _matrix_blocks(content: MatrixContent, rounding: Rounding) -> Blocks:
+    with SourceFiles() as source, ThreadPoolExecutor(THREADS) as pool:
         for piece in content.pieces:
             if isinstance(piece, int):
                 yield np.zeros(piece, np.uint8)
             else:
-                yield from _copy(source, piece, piece.info.format)
+                yield from _copy(source, piece.rows, piece.format, rounding, pool)
 
 
-def _expert_blocks(content: ExpertContent) -> Blocks:
+def _expert_blocks(content: ExpertContent, rounding: Rounding) -> Blocks:
     layout = content.layout
-    with SourceFiles() as source:
+    with SourceFiles() as source, ThreadPoolExecutor(THREADS) as pool:
         for matrices in content.experts:
             end = 0
             for part, rows in zip(layout.parts, matrices, strict=True):
                 if part.offset > end:
                     yield np.zeros(part.offset - end, np.uint8)
-                yield from _copy(source, rows, part.format)
+                yield from _copy(source, rows, part.format, rounding, pool)
                 end = part.offset + part.nbytes
             if layout.width_bytes > end:
                 yield np.zeros(layout.width_bytes - end, np.uint8)
@@ -116,41 +141,68 @@ def _expert_blocks(content: ExpertContent) -> Blocks:
 # ------------------------------------------------------------------ neurons
 
 
-def _band(layout: RecordLayout, memory_bytes: int) -> int:
+def _turned(content: NeuronContent) -> tuple[str, int]:
+    """The plain format in which down is turned, and its bytes an element: that of the records, or before rounding."""
+    format, source = content.layout.parts[-1].format, content.sources["down"].info.format
+    if is_blocks(format):
+        format = source if source in PLAIN else "F32"
+    return format, FORMATS[format][1]
+
+
+def _band(content: NeuronContent, memory_bytes: int) -> int:
     """Neurons written at a time: as many as fit twice, for one band is read while the one before is written."""
-    return max(1, max(memory_bytes - STAGING, memory_bytes // 4) // (2 * layout.width_bytes))
+    layout = content.layout
+    a_neuron = 2 * layout.width_bytes
+    if is_blocks(layout.parts[-1].format):
+        a_neuron += layout.parts[-1].cols * _turned(content)[1]
+    return max(1, max(memory_bytes - STAGING, memory_bytes // 4) // a_neuron)
 
 
-def _neuron_blocks(content: NeuronContent, folder: Path, memory_bytes: int) -> Blocks:
+def _neuron_blocks(content: NeuronContent, folder: Path, memory_bytes: int, rounding: Rounding) -> Blocks:
     layout, sources = content.layout, content.sources
-    *straight, turned = layout.parts  # gate and up by rows; down by columns
-    bits = BITS[layout.format]
-    itemsize = np.dtype(bits).itemsize
-    band = min(layout.count, _band(layout, memory_bytes))
+    *straight, last = layout.parts  # gate and up by rows; down by columns
+    format = _turned(content)[0]
+    band = min(layout.count, _band(content, memory_bytes))
     with (
         TemporaryFile(dir=folder, buffering=0) as scratch,
         SourceFiles(scattered=True) as source,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        spilled = _spill(pool, source, sources["down"], layout.format, scratch.fileno()) if band < layout.count else 0
+        spilled = _spill(pool, source, sources["down"], format, scratch.fileno()) if band < layout.count else 0
         # The padding stays zero.
-        buffers = cycle([np.zeros((band, layout.width_bytes // itemsize), bits) for _ in range(2)])
+        buffers = cycle([np.zeros((band, layout.width_bytes), np.uint8) for _ in range(2)])
+        staging = np.empty((band, last.cols), BITS[format]) if is_blocks(last.format) else None
         for first in range(0, layout.count, band):
             out = next(buffers)[: min(band, layout.count - first)]
             tasks: list[Callable[[], None]] = []
             for part in straight:
-                start = part.offset // itemsize
-                tasks += _row_tasks(source, sources[part.role], first, out[:, start : start + part.cols], part.format)
-            start = turned.offset // itemsize
-            target = out[:, start : start + turned.cols]
+                place = out[:, part.offset : part.offset + part.nbytes]
+                tasks += _row_tasks(source, sources[part.role], first, place, part.format, rounding)
+            place = out[:, last.offset : last.offset + last.nbytes]
+            target = place.view(BITS[format]) if staging is None else staging[: len(out)]
             if spilled:
                 tasks += _scratch_tasks(scratch.fileno(), spilled, layout.count, first, target)
             else:
-                tasks += _turn_tasks(source, sources["down"], 0, target, layout.format)
+                tasks += _turn_tasks(source, sources["down"], 0, target, format)
             _run(pool, tasks)
+            if staging is not None:
+                _run(pool, _encode_tasks(target, sources["down"].info, format, place, last.format, rounding))
             source.drop_all()
             drop_cache(scratch.fileno(), 0, 0)
-            yield out.reshape(-1).view(np.uint8)
+            yield out.reshape(-1)
+
+
+def _encode_tasks(
+    turned: Bits, info: TensorInfo, format: str, target: Bytes, wanted: str, rounding: Rounding
+) -> list[Callable[[], None]]:
+    """target[n] = row n of `turned`, plain of `format`, in the blocks that are wanted; a task some rows."""
+    step = max(1, BLOCK_ELEMENTS // turned.shape[1])
+    info = replace(info, format=format)
+
+    def work(start: int) -> None:
+        target[start : start + step] = _encode(turned[start : start + step].view(np.uint8), info, wanted, rounding)
+
+    return [partial(work, start) for start in range(0, len(turned), step)]
 
 
 def _run(pool: ThreadPoolExecutor, tasks: list[Callable[[], None]]) -> None:
@@ -176,13 +228,21 @@ def _read_rows(source: SourceFiles, rows: Rows, first: int, target: Bits, dtype:
         target[start : start + count] = _convert(raw, info, dtype)
 
 
-def _row_tasks(source: SourceFiles, rows: Rows, first: int, target: Bits, dtype: str) -> list[Callable[[], None]]:
-    """target[n] = row first + n, a task some rows."""
-    step = max(1, BLOCK_ELEMENTS // rows.info.cols)
-    return [
-        partial(_read_rows, source, rows, first + start, target[start : start + step], dtype)
-        for start in range(0, len(target), step)
-    ]
+def _row_tasks(
+    source: SourceFiles, rows: Rows, first: int, target: Bytes, format: str, rounding: Rounding
+) -> list[Callable[[], None]]:
+    """target[n] = row first + n in `format`, a task some rows."""
+    info = rows.info
+    step = max(1, BLOCK_ELEMENTS // info.cols)
+
+    def work(start: int) -> None:
+        part = target[start : start + step]
+        raw = np.empty((len(part), info.row_bytes), np.uint8)
+        source.read(info.path, info.rows(rows.row + first + start, len(part)).offset, raw)
+        _check(raw, info)
+        part[:] = _encode(raw, info, format, rounding)
+
+    return [partial(work, start) for start in range(0, len(target), step)]
 
 
 def _turn_tasks(source: SourceFiles, rows: Rows, first: int, target: Bits, dtype: str) -> list[Callable[[], None]]:

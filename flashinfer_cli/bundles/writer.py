@@ -17,8 +17,10 @@ from ..config import MiB, ModelConfig, WeightMap, format_size
 from ..errors import BundleError, GenaiRunError, StorageError, UsageError
 from .format import MANIFEST_FILE, FileEntry, Manifest, Source
 from .journal import JOURNAL_FILE, Journal, new_journal
-from .layout import BundlePlan, plan_bundle
+from .layout import BundlePlan
+from .planner import plan_bundle
 from .publish import HashedFile, partial_folder, publish_folder, recover, sync_folder, write_atomic, writer_lock
+from .quantize import Quantization
 from .records import DEFAULT_MEMORY, file_blocks, scratch_bytes
 from .source import file_states, fingerprint, source_name
 
@@ -35,6 +37,7 @@ def write_bundle(
     out: Path,
     *,
     dtype: str = "auto",
+    quantization: Quantization | None = None,
     extras: Mapping[str, bytes | Path] | None = None,
     progress: Progress | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
@@ -42,8 +45,9 @@ def write_bundle(
 ) -> Path:
     """Convert a checkpoint into the bundle OUT and return OUT.
 
-    `dtype` is as for `plan_bundle`. `extras` are small files to place beside the weights (tokenizer, chat template), by
-    name; config.json and generation_config.json are made from the checkpoint where they are not among them.
+    `dtype` and `quantization` are as for `plan_bundle`. `extras` are small files to place beside the weights
+    (tokenizer, chat template), by name; config.json and generation_config.json are made from the checkpoint where they
+    are not among them.
     `progress(done_bytes, total_bytes, file_name)` is called as bytes are written, those of a run before included.
     `memory_bytes` bounds the buffers; it changes no byte of the result. `overwrite` replaces a bundle that is there,
     once the new one is complete.
@@ -54,7 +58,7 @@ def write_bundle(
     is left behind.
     """
     out = Path(os.path.abspath(out))
-    plan = plan_bundle(checkpoint, config, weights, dtype=dtype)
+    plan = plan_bundle(checkpoint, config, weights, dtype=dtype, quantization=quantization)
     small = _small_files(checkpoint, plan, extras or {})
     _refuse_place(checkpoint, out)
     with _parents(out), writer_lock(out):

@@ -179,9 +179,45 @@ def bundle(
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", metavar="DTYPE", rich_help_panel=OUTPUT, help="auto keeps the model's own; F16, BF16, F32."
+            "--dtype",
+            metavar="DTYPE",
+            rich_help_panel=OUTPUT,
+            help="Of streamed weights that are not quantized: auto keeps the model's own; F16, BF16, F32.",
         ),
     ] = "auto",
+    quantize: Annotated[
+        Literal["none", "int8", "int4"],
+        typer.Option(
+            "--quantize",
+            rich_help_panel=OUTPUT,
+            help="Round the weights: int8 (8.5 bits each) or int4 (4.5 bits, and int8 in the trunk).",
+        ),
+    ] = "none",
+    quantize_experts: Annotated[
+        Literal["none", "int8", "int4"] | None,
+        typer.Option(
+            "--quantize-experts",
+            rich_help_panel=OUTPUT,
+            help="Of what streams alone: experts, and the neurons of dense layers. As --quantize if not given.",
+        ),
+    ] = None,
+    quantize_trunk: Annotated[
+        Literal["none", "int8", "int4"] | None,
+        typer.Option(
+            "--quantize-trunk",
+            rich_help_panel=OUTPUT,
+            help="Of attention, embedding and head alone: fewer bits hurt most and save least here, so --quantize int4 "
+            "makes them int8. Norms, routers and biases stay.",
+        ),
+    ] = None,
+    rounding: Annotated[
+        Literal["search", "nearest"],
+        typer.Option(
+            "--rounding",
+            rich_help_panel=OUTPUT,
+            help="search for the scales that lose least, or round to nearest (faster, and worse).",
+        ),
+    ] = "search",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show the files, their sizes and the free space only."),
@@ -201,8 +237,15 @@ def bundle(
     The weights that are used together come to lie together, aligned, in plain safetensors. The source is never touched;
     an interrupted run goes on where it stopped when started again. With --verify, OUT may be left out: MODEL is the
     bundle.
+
+    Blocks of a GGUF file stay as they are, whatever --quantize says, except that int4 rounds those of 8 bits.
     """
     console = Console(quiet)
+    asked = quantize != "none" or quantize_experts is not None or quantize_trunk is not None
+    if verify and (asked or rounding != "search" or dtype != "auto" or dry_run or overwrite):
+        raise UsageError("--verify checks a bundle that is there; it goes with none of the options that make one.")
+    if rounding == "nearest" and quantize == "none" and {quantize_experts, quantize_trunk} <= {None, "none"}:
+        raise UsageError("--rounding nearest says how to quantize, and nothing is to be quantized.", "Add --quantize.")
     if out is None and not verify:
         raise UsageError("Missing argument 'OUT'.", "Name the folder to make: genai-run bundle MODEL OUT.")
     if verify:
@@ -213,7 +256,17 @@ def bundle(
     from ..apps.bundling import dry_run as plan_it
 
     if dry_run:
-        planned = plan_it(model, dtype=dtype, revision=revision)
+        planned = plan_it(
+            model,
+            dtype=dtype,
+            quantize=quantize,
+            quantize_experts=quantize_experts,
+            quantize_trunk=quantize_trunk,
+            rounding=rounding,
+            revision=revision,
+        )
+        for note in planned.notes:
+            console.note(note)
         rows = [(file.name, format_size(file.nbytes)) for file in planned.files]
         rows += [("all files", format_size(planned.total_bytes)), ("free space there", format_size(_free_space(out)))]
         console.show([Table(f"Would write {out} ({planned.exactness})", ("file", "size"), rows)])
@@ -222,7 +275,19 @@ def bundle(
     def progress(done: int, total: int, file: str) -> None:
         console.progress(done, total, "bundling")
 
-    made = make(model, out, dtype=dtype, overwrite=overwrite, revision=revision, progress=progress)
+    made = make(
+        model,
+        out,
+        dtype=dtype,
+        quantize=quantize,
+        quantize_experts=quantize_experts,
+        quantize_trunk=quantize_trunk,
+        rounding=rounding,
+        overwrite=overwrite,
+        revision=revision,
+        notify=console.note,
+        progress=progress,
+    )
     console.clear()
     console.answer(f"{made}\n")
 
