@@ -68,7 +68,7 @@ def _depth(model: Decoder, windows: list[torch.Tensor], bits: Any) -> dict[str, 
     blocks = [block for block in model.layers if hasattr(block, "mod_router")]
     for way in ("router", "predictor"):
         for block in blocks:
-            block.shape = replace(shape, mod_decoding=way)  # type: ignore[assignment,arg-type]
+            block.shape = replace(shape, mod_decoding=way)  # type: ignore[assignment]
         nats, aux = held_out_nats(model, windows)
         skipped = 1 - torch.stack(aux.computed).mean(0)
         found[way] = {"bits_per_byte": bits(nats), "skipped": [float(s) for s in skipped]}

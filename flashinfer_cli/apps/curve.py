@@ -32,10 +32,10 @@ def curve(history: Sequence[dict[str, Any]], title: str) -> str:
         y = place(0, tick).split(",")[1]
         marks.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#ddd"/>')
         marks.append(f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for step in nice_ticks(steps):
-        if step <= steps:
-            x = place(step, 0).split(",")[0]
-            marks.append(f'<text x="{x}" y="{HEIGHT - 12}" text-anchor="middle">{step:g}</text>')
+    for tick in nice_ticks(steps):
+        if tick <= steps:
+            middle = place(tick, 0).split(",")[0]
+            marks.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">{tick:g}</text>')
     for points, colour in ((trained, "#4878a8"), (held, "#c8553d")):
         line = " ".join(place(*point) for point in points)
         marks.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')

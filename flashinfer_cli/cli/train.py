@@ -68,7 +68,7 @@ def train(
     ] = None,
     note: Annotated[
         str | None,
-        typer.Option("--note", metavar="TEXT", rich_help_panel=TRAINING, help="Into the card: the licence of the text."),
+        typer.Option("--note", metavar="TEXT", rich_help_panel=TRAINING, help="For the card: the licence of the text."),
     ] = None,
     sparsity: Annotated[
         float | None, _option("Share of FFN neurons to silence; 0 leaves them.", SHAPE, "P", min=0, max=0.999)
