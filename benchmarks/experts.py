@@ -134,7 +134,7 @@ def ablation(given: argparse.Namespace) -> None:
         print(f"{name:12} {rate} {hits:>6.0%} {waiting:>8.0%}  {verdict}", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for call in (routing, bias, ablation):
@@ -148,7 +148,7 @@ def main() -> None:
         command.add_argument("--tokens", type=int, default=64 if call is ablation else 4000)
         if call is routing:
             command.add_argument("--out", type=Path, default=Path("experts"))
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     given.call(given)
 
 

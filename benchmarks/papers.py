@@ -1,0 +1,30 @@
+"""Figures of the papers, ours beside theirs: `python -m benchmarks.papers NAME [OPTIONS]`, and `--list` for the names.
+
+Each name is a module of this folder with a `main(arguments)`. It prints a table and, as its last line, one JSON object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# name: (module, what it shows, where it was published)
+FIGURES: dict[str, tuple[str, str, str]] = {
+    "experts": ("experts", "what an expert cache and guesses ahead find and earn", "2312.17238"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--list"]:
+        width = max(map(len, FIGURES))
+        print("\n".join(f"{name:{width}}  {shows} ({paper})" for name, (_, shows, paper) in FIGURES.items()))
+        return 0
+    if not arguments or arguments[0] not in FIGURES:
+        print(f"usage: python -m benchmarks.papers {{{','.join(FIGURES)}}} [OPTIONS] | --list", file=sys.stderr)
+        return 2
+    importlib.import_module(f"benchmarks.{FIGURES[arguments[0]][0]}").main(arguments[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
