@@ -31,6 +31,7 @@ FFN = ("gate", "up", "down")  # the order within a record
 _ROUNDED = frozenset(
     ("q", "k", "v", "qkv", "o", "embed", "head", "project_in", "project_out", "shared.gate", "shared.up", "shared.down")
 )
+MOST_PADDED = 1.06  # a quantised record may be so much longer for its alignment, or matrices are kept instead
 _SPARSE = ("relu", "relu2")  # activations whose neurons are worth reading one by one
 _EXPERT = re.compile(r"experts\.(\d+)\.(gate|up|down)")
 # Forward order of the trunk; roles of neither list follow in alphabetical order.
@@ -54,10 +55,10 @@ def plan_bundle(
 
     `dtype` (auto, f32, f16, bf16) is that of the streamed weights of dense layers and of experts that are plain; `auto`
     is the source's own. `quantization` says what becomes int8 or int4 instead. GGUF blocks stay as they are, a dense
-    layer of them as matrices instead of neuron records; except that a `dtype`, or an activation of which neurons can be
-    skipped, makes records of them, and that int4 rounds blocks of 8 bits. Raises UsageError on another dtype or on one
-    beside quantized experts, BundleError for a bundle as the source, CorruptCheckpointError and UnsupportedModelError
-    when the weights do not fit together.
+    layer of them as matrices instead of neuron records, as is one whose quantised records would be padding in good
+    part; except that a `dtype`, or an activation of which neurons can be skipped, makes records of them, and that int4
+    rounds blocks of 8 bits. Raises UsageError on another dtype or on one beside quantized experts, BundleError for a
+    bundle as the source, CorruptCheckpointError and UnsupportedModelError when the weights do not fit together.
     """
     quantization = quantization or Quantization()
     if dtype.lower() not in DTYPES:
@@ -270,8 +271,11 @@ class _Planner:
                 target = next(iter(formats)) if len(formats) == 1 else "F32"
         # A neuron is a row of gate and up and a column of down, which is as long as down has rows.
         widths = [(role, down.rows if role == "down" else rows.info.cols) for role, rows in sources.items()]
+        layout = neuron_layout(layer, up.rows, target, widths)
+        if is_blocks(target) and not sparse and layout.width_bytes > MOST_PADDED * sum(p.nbytes for p in layout.parts):
+            return sources
         self.exact = self.exact and not any(rounds(format, target) for format in formats)
-        return NeuronContent(neuron_layout(layer, up.rows, target, widths), sources)
+        return NeuronContent(layout, sources)
 
     def _experts(self, layer: int, names: list[str], experts: tuple[tuple[Rows, ...], ...]) -> ExpertContent:
         parts = []
