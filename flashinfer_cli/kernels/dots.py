@@ -26,6 +26,8 @@ from .lanes import ELEMENT_BYTES, F32, I64, LANES, Lanes, Pointer, has_avx512, l
 
 MOST_ROWS, MOST_TOKENS = 4 if has_avx512() else 2, 3
 
+AHEAD = 8192  # bytes to fetch ahead of use, at least: what the processor fetches by itself stops at every 4 KiB
+
 Emit = Callable[..., None]
 
 
@@ -48,6 +50,11 @@ def _bytes(b: ir.IRBuilder, index: Any, element: int, extra: int = 0) -> Any:
 
 def _rows(b: ir.IRBuilder, address: Any, stride: Any, count: int) -> list[Pointer]:
     return [Pointer(b, b.add(address, b.mul(stride, _number(row)))) for row in range(count)]
+
+
+def _ahead(b: ir.IRBuilder, pitch: Any) -> Any:
+    """Distance in bytes to the first row that is at least AHEAD away: rows are gone through one after the other."""
+    return b.mul(pitch, b.sdiv(b.add(pitch, _number(AHEAD - 1)), pitch))
 
 
 def _zeros(b: ir.IRBuilder, count: int, lanes: int) -> list[Any]:
@@ -73,9 +80,11 @@ def _dot(fmt: str, rows: int, tokens: int) -> Emit:
             _rows(b, *which) for which in ((row, pitch, rows), (x, x_stride, tokens), (out, out_stride, tokens))
         )
         sums, tails = _zeros(b, len(pairs), LANES), _zeros(b, len(pairs), 1)
-        main = _whole(b, n, LANES)
+        main, ahead = _whole(b, n, LANES), _ahead(b, pitch) if rows == 1 else None
         for start, stop, step, slots in ((_number(0), main, LANES, sums), (main, n, 1, tails)):
             with loop(b, start, stop, step) as i:
+                if ahead is not None and step == LANES:
+                    weights[0].prefetch(b.add(_bytes(b, i, size), ahead))
                 weight = [pointer.weights(_bytes(b, i, size), fmt, step) for pointer in weights]
                 value = [pointer.load(_bytes(b, i, 4), F32, step) for pointer in inputs]
                 for slot, (r, t) in zip(slots, pairs, strict=True):
@@ -105,8 +114,11 @@ def _dot_blocks(fmt: str, rows: int, tokens: int) -> Emit:
 
     def emit(b: ir.IRBuilder, row: Any, pitch: Any, x: Any, x_stride: Any, n: Any, out: Any, out_stride: Any) -> None:
         outputs, sums = _rows(b, out, out_stride, tokens), _zeros(b, len(pairs), LANES)
+        ahead = _ahead(b, b.mul(pitch, _number(rows)))
         with loop(b, _number(0), b.sdiv(n, _number(elements)), 1) as i:
             sources = _rows(b, b.add(row, b.mul(i, _number(size))), pitch, rows)
+            for source in sources:
+                source.prefetch(ahead)
             inputs = _rows(b, b.add(x, b.mul(i, _number(4 * elements))), x_stride, tokens)
             weights = [_Decoded(fmt, source).values for source in sources]
             for v in range(elements // LANES):
@@ -135,9 +147,12 @@ def _mix_blocks(fmt: str, rows: int, tokens: int) -> Emit:
         stride: Any,
     ) -> None:
         factor = [[p.load(4 * r, F32) for r in range(rows)] for p in _rows(b, factors, factor_stride, tokens)]
+        ahead = _ahead(b, b.mul(pitch, _number(rows)))
         with loop(b, _number(0), b.sdiv(n, _number(elements)), 1) as i:
             outputs = _rows(b, b.add(sums, b.mul(i, _number(4 * elements))), stride, tokens)
             sources = _rows(b, b.add(row, b.mul(i, _number(size))), pitch, rows)
+            for source in sources:
+                source.prefetch(ahead)
             weights = [_Decoded(fmt, source).values for source in sources]
             for place in range(0, elements, LANES):
                 for t, output in enumerate(outputs):
@@ -164,6 +179,7 @@ def _mix(fmt: str, tokens: int, *, single: bool) -> Emit:
         stride: Any,
     ) -> None:
         outputs, scales = _rows(b, sums, stride, tokens), _rows(b, factors, factor_stride, tokens)
+        ahead = _ahead(b, pitch) if single else None
 
         def columns(i: Any, vectors: int, lanes: int) -> None:
             """sums[:, i : i + vectors * lanes], kept in registers over all rows."""
@@ -172,6 +188,9 @@ def _mix(fmt: str, tokens: int, *, single: bool) -> Emit:
 
             def add(k: Any) -> None:
                 weights = Pointer(b, b.add(row, b.mul(pitch, k)))
+                if ahead is not None and lanes == LANES:
+                    for v in range(vectors):
+                        weights.prefetch(b.add(_bytes(b, i, size, v * lanes), ahead))
                 values = [weights.weights(_bytes(b, i, size, v * lanes), fmt, lanes) for v in range(vectors)]
                 for t in range(tokens):
                     factor = scales[t].load(_bytes(b, k, 4), F32)

@@ -180,6 +180,15 @@ class Pointer:
     def store(self, offset: Any, value: Lanes) -> None:
         self.builder.store(value.value, self._at(offset, value.type), align=1)
 
+    def prefetch(self, offset: Any) -> None:
+        """Ask for the cache line there; an address that is nobody's does no harm."""
+        kind, module = I8.as_pointer(), self.builder.module
+        function = module.globals.get("llvm.prefetch.p0")
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(ir.VoidType(), [kind, I32, I32, I32]), "llvm.prefetch.p0")
+        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read, to stay in all caches, data
+        self.builder.call(function, [self._at(offset, I8), *hints])
+
     def half(self, offset: Any, count: int = 1) -> Lanes:
         """float16 values as float32."""
         bits = self.load(offset, I16, count)
