@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import flashinfer_cli as fc
+from flashinfer_cli.apps.recording import recording
+from flashinfer_cli.apps.replay import as_it_ran, replay
 from flashinfer_cli.bundles.sparsity import (
     PREDICTORS_FILE,
     SPARSITY_FILE,
@@ -20,7 +22,9 @@ from flashinfer_cli.bundles.sparsity import (
     manifest_digest,
     sparsity_json,
 )
-from flashinfer_cli.cache.window import POLICIES, Window, make_policy
+from flashinfer_cli.cache.trace import read_trace
+from flashinfer_cli.cache.window import Window, make_policy
+from flashinfer_cli.config import NEURON_POLICIES
 from flashinfer_cli.device import allocate
 from flashinfer_cli.errors import BundleError
 from flashinfer_cli.layers.demand import Oracle
@@ -64,7 +68,7 @@ def test_a_short_memory_shrinks_the_window():
     assert sorted(gone.tolist()) == [0, 1] and policy.held.sum() == 3
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NEURON_POLICIES)
 @pytest.mark.parametrize("capacity", [0, 1, 7, 20, 64])
 def test_policies_keep_their_promises(name, capacity):
     """Never more than there is room for; what is demanded is held where it fits; every id demanded is counted."""
@@ -177,8 +181,8 @@ def test_no_cache_changes_a_bit(bundle, monkeypatch):
     width, requests = 512, []
     for neurons in (0, 1, 20, 100, 160):
         slots_of(monkeypatch, 3 * neurons * width)
-        for policy in POLICIES:
-            got, report = decoded(bundle, stream="always", neuron_policy=policy, window=3)
+        for policy, window in (("recent", 5), ("frequent", 5), ("window", 1), ("window", 6)):
+            got, report = decoded(bundle, stream="always", neuron_policy=policy, window=window)
             assert torch.equal(got, want)
             requests.append(sum(io["bytes"] for io in report.io if io["kind"] == "neuron"))
     assert max(requests) == requests[0] > 2 * min(requests) > 0  # or the test would show nothing
@@ -253,3 +257,77 @@ def test_stale_or_damaged_calibrations_are_refused(bundle, tmp_path, damage):
         fc.load(copy, context=32)
     with fc.load(copy, context=32, exact=True) as engine:  # what needs no predictors still runs
         assert engine.report().exactness == "exact"
+
+
+# ------------------------------------------------------------------ ahead of need, and after a prompt
+
+
+def reads(report: fc.RunReport, phase: str = "decode") -> int:
+    return sum(io["useful"] for io in report.io if io["kind"] == "neuron" and io["phase"] == phase)
+
+
+def test_guesses_change_no_bit_and_their_waste_is_counted(bundle, monkeypatch):
+    want, _ = decoded(bundle)
+    width = 512
+    for neurons in (0, 30, 160):
+        slots_of(monkeypatch, 3 * neurons * width)
+        _, plain = decoded(bundle, stream="always")
+        with fc.load(bundle, context=32, stream="always", prefetch_neurons=True) as engine:
+            session = engine.session()
+            got = torch.stack([session.prefill(PROMPT), *(session.step(token) for token in STEPS)])
+            report, (read, right) = engine.report(), engine.recorder.neuron_guesses
+        assert torch.equal(got, want)
+        assert report.decode.hits == plain.decode.hits and report.decode.misses == plain.decode.misses
+        assert report.wasted_bytes == (read - right) * width
+        assert reads(report) == reads(plain) + report.wasted_bytes  # each needed byte is read once, ahead or not
+        assert neurons == 160 or 0 < right < read
+
+
+@pytest.mark.parametrize("policy", NEURON_POLICIES)
+def test_a_prompt_leaves_its_neurons_in_the_slots(bundle, monkeypatch, policy):
+    """The slots then hold what they would hold had the prompt been decoded, right to the byte, and nothing was read."""
+    slots_of(monkeypatch, 3 * 90 * 512)
+    options = {"context": 32, "stream": "always", "neuron_policy": policy, "window": 2}
+    with fc.load(bundle, **options) as engine:
+        engine.session().prefill(PROMPT)
+        assert reads(engine.report(), "prefill") == 0
+        for layer in engine.neurons.layers.values():
+            assert np.array_equal(layer.slot >= 0, layer.policy.held) and layer.policy.held.sum() > 20
+            stored = np.fromfile(layer.file.path, np.uint8)[layer.file.base :].reshape(-1, layer.file.width)
+            ids = np.flatnonzero(layer.slot >= 0)
+            assert np.array_equal(layer.rows[layer.slot[ids]], stored[ids])
+            assert layer.policy.time == len(PROMPT) and layer.policy.hits == layer.policy.misses == 0
+
+
+# ------------------------------------------------------------------ traces
+
+
+@pytest.mark.parametrize("policy", NEURON_POLICIES)
+@pytest.mark.parametrize("slots", [0, 40, 100, None])
+def test_replay_counts_what_the_run_counted(bundle, tmp_path, monkeypatch, policy, slots):
+    options = {}
+    if slots is not None:
+        slots_of(monkeypatch, 3 * slots * 512)
+        options = {"stream": "always", "neuron_policy": policy, "window": 3}
+    with fc.load(bundle, context=32, **options) as engine, recording(engine, tmp_path / "t.jsonl.gz"):
+        session = engine.session()
+        session.prefill(PROMPT)
+        for token in STEPS:
+            session.step(token)
+        computed = sum(count for (phase, _), (count, _) in engine.recorder.neuron_counts.items() if phase == "decode")
+        layers = engine.neurons.layers.values() if slots is not None else []
+        misses = sum(layer.policy.misses for layer in layers)
+        hits = sum(layer.policy.hits for layer in layers) if layers else computed
+        assert reads(engine.report()) == misses * 512 and hits + misses == computed > 1000
+    trace = read_trace(tmp_path / "t.jsonl.gz")
+    again = as_it_ran(trace)
+    assert (again.hits(), again.misses()) == (hits, misses) and trace.tokens("decode") == len(STEPS)
+    assert (misses == 0) == (slots is None)
+    if slots == 40:
+        share = slots / 160
+        found = replay(tmp_path / "t.jsonl.gz", shares=[share, 1.0])
+        part, whole = found["points"]
+        mine = part["policies"][policy]
+        assert mine["hit_ratio"] == hits / computed
+        assert all(each["hit_ratio"] <= part["belady"]["hit_ratio"] for each in part["policies"].values())
+        assert mine["bytes_per_token"] == misses * 512 / len(STEPS) and whole["bytes"] == 3 * 160 * 512

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from .. import device
+from ..bundles.format import format_bytes
 from ..bundles.publish import write_atomic, writer_lock
 from ..bundles.sparsity import (
     PREDICTORS_FILE,
@@ -28,15 +30,15 @@ from ..bundles.sparsity import (
     sparsity_json,
 )
 from ..cache.kv import KVCache
-from ..config import RunConfig
+from ..config import MiB, RunConfig, format_size
 from ..engine import Engine
-from ..errors import UnsupportedModelError, UsageError
+from ..errors import BudgetError, UnsupportedModelError, UsageError
 from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
 from ..models.open import OpenModel, open_model
 from .evaluate import log_probs, windows
-from .predictors import fit, new_in_window
+from .predictors import BATCH, Whitened, fit, new_in_window
 
 TOKENS = 10_000
 LEAST_TOKENS = 1_000
@@ -117,6 +119,25 @@ def _check(opened: OpenModel) -> None:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
 
 
+def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
+    """Raises BudgetError where one layer and what is learned of it do not fit beside the process."""
+    config = opened.config
+    d, ff = config.hidden_size, config.intermediate_size
+    held = int(HELD_SHARE * tokens)
+    states = 4 * 2 * tokens * d  # hidden states, and the inputs of one FFN
+    layer = 2 * (3 if config.gated else 2) * d * ff + 16 * d * d
+    learning = 4 * d * ff + tokens * ff + 4 * 6 * d * d + 4 * max(d * ff, 5 * BATCH * ff + 2 * held * ff)
+    least = device.resident_bytes() + states + max(layer, learning) + 96 * MiB
+    budget = device.budget_bytes(run.memory)
+    if budget < least:
+        raise BudgetError(
+            f"The memory budget of {format_size(budget)} is too small to calibrate on {tokens:,} tokens: "
+            f"that takes about {format_size(least)}.",
+            f"Give --memory {-(-least // MiB)}MiB or more, or fewer --tokens.",
+            least=least,
+        )
+
+
 # ------------------------------------------------------------------ layer by layer
 
 
@@ -125,7 +146,9 @@ def _layers(
 ) -> tuple[list[LayerSparsity], dict[str, torch.Tensor]]:
     parts = [ids[i : i + SEQUENCE] for i in range(0, len(ids), SEQUENCE)]
     done = _Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids}")
-    settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE)
+    # Nothing is pinned: what the budget has beside one layer is for what is learned of it.
+    settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
+    _check_room(opened, len(ids), run)
     with Engine(opened, settled) as engine, torch.inference_mode():
         decoder, rt = engine.decoder, engine.decoder.rt
         kv = KVCache(engine.config, SEQUENCE, engine.device.name)
@@ -133,11 +156,12 @@ def _layers(
         if decoder.positions is not None:
             first = engine.config.position_offset
             states = [x + decoder.positions[first : first + len(x)] for x in states]
+        with torch.inference_mode(False):
+            inputs = torch.empty(len(ids), engine.config.hidden_size)
         for index, block in enumerate(decoder.blocks):
             if progress is not None:
                 progress(index, len(decoder.blocks), f"calibrating layer {index + 1} of {len(decoder.blocks)}")
             with rt.feed.hold(decoder.slices_of(index)):
-                inputs: list[torch.Tensor] = []
                 watched = _watched(block, inputs)
                 for number, x in enumerate(states):
                     kv.trim(0)
@@ -146,20 +170,22 @@ def _layers(
                     gate, gate_bias = _gate(block.ffn, engine)
             if index not in done.layers and isinstance(block.ffn, RecordFfn):
                 with torch.inference_mode(False):
-                    done.keep(
-                        *_fit(index, torch.cat(inputs).clone(), gate, gate_bias, engine.config.hidden_act, recall)
-                    )
+                    before = done.layers[index - 1].rank if index - 1 in done.layers else 0
+                    done.keep(*_fit(index, inputs, gate, gate_bias, engine.config.hidden_act, recall, before))
+                del gate
     if not done.layers:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
     return [done.layers[i] for i in sorted(done.layers)], done.tensors()
 
 
-def _watched(block: Block, inputs: list[torch.Tensor]) -> Block:
-    """The block, with what goes into its FFN noted down."""
-    ffn = block.ffn
+def _watched(block: Block, inputs: torch.Tensor) -> Block:
+    """The block, with what goes into its FFN noted down in the rows of `inputs` [N, d], one after the other."""
+    ffn, place = block.ffn, 0
 
     def noting(x: torch.Tensor, rt: Any) -> torch.Tensor:
-        inputs.append(x.cpu())
+        nonlocal place
+        inputs[place : place + len(x)] = x
+        place += len(x)
         return ffn(x, rt)
 
     return replace(block, ffn=noting)  # type: ignore[arg-type]
@@ -167,28 +193,37 @@ def _watched(block: Block, inputs: list[torch.Tensor]) -> Block:
 
 def _gate(ffn: RecordFfn, engine: Engine) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows whose product with x says whether a neuron fires, float32 [d_ff, d], and their bias."""
-    rows, d = [], engine.config.hidden_size
-    width = {"F32": 4, "F16": 2, "BF16": 2}[ffn.format] * d
+    d, count = engine.config.hidden_size, sum(part.rows for part in ffn.parts)
+    width = format_bytes(ffn.format, d)
+    with torch.inference_mode(False):
+        gate = torch.empty(count, d)
     for part in ffn.parts:
         with engine.decoder.rt.feed.use(part.slice) as data:
             records = data.view(part.rows, -1)[:, :width].contiguous()
-            rows.append(engine.kernels.dequantize(records, ffn.format, d).cpu().clone())
+            gate[part.start : part.start + part.rows] = engine.kernels.dequantize(records, ffn.format, d)
     bias = ffn.gate_bias if ffn.gated else ffn.up_bias
-    return torch.cat(rows), None if bias is None else bias.cpu()
+    return gate, None if bias is None else bias.cpu()
 
 
 def _fit(
-    layer: int, x: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor | None, act: str, recall: float
+    layer: int,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: str,
+    recall: float,
+    rank_before: int,
 ) -> tuple[LayerSparsity, dict[str, torch.Tensor]]:
-    gate = gate.clone()
-    bias = None if bias is None else bias.clone()
-    pre = x @ gate.T if bias is None else x @ gate.T + bias
-    fired = ACTIVATIONS[act](pre) != 0
+    """A layer's predictor: of the least rank that is good enough, from half of what the layer before needed on."""
+    bias = None if bias is None else bias.clone()  # out of inference mode
+    fired = torch.empty(len(x), len(gate), dtype=torch.bool)
+    for rows, into in zip(x.split(BATCH), fired.split(BATCH), strict=True):
+        into.copy_(ACTIVATIONS[act](rows @ gate.T if bias is None else rows @ gate.T + bias) != 0)
     held = max(2, int(HELD_SHARE * len(x)))
-    for rank in RANKS:
-        if rank * 2 > min(gate.shape):
-            break
-        fitted = fit(x, fired, gate, bias, rank, recall, held)
+    start = Whitened(x[: len(x) - held], gate)
+    usable = [rank for rank in RANKS if rank * 2 <= min(gate.shape)] or [RANKS[0]]
+    for rank in [rank for rank in usable if rank * 2 >= rank_before] or usable[-1:]:
+        fitted = fit(x, fired, start, bias, rank, recall, held)
         if fitted.predicted <= MOST_PREDICTED * fitted.density and fitted.recall >= recall - 0.02:
             break
     found = LayerSparsity(

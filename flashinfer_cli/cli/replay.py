@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import EXPERT_POLICIES, format_size
+from ..config import EXPERT_POLICIES, NEURON_POLICIES, format_size
 from ..errors import UsageError
 from .console import Console
 from .options import MEMORY, OUTPUT, Json, Quiet
@@ -26,7 +26,8 @@ def replay(
             "--policy",
             metavar="NAME",
             rich_help_panel=MEMORY,
-            help=f"Of {', '.join(EXPERT_POLICIES)}; may be repeated.",
+            help=f"For experts {', '.join(EXPERT_POLICIES)}; for neurons {', '.join(NEURON_POLICIES)}. "
+            "May be repeated.",
             show_default="all",
         ),
     ] = None,
@@ -59,7 +60,7 @@ def replay(
 
     found = run(
         file,
-        policies=tuple(dict.fromkeys(policy or EXPERT_POLICIES)),
+        policies=tuple(dict.fromkeys(policy or ())),
         shares=shares,
         progress=lambda done, total: console.progress(done, total, "replaying"),
     )

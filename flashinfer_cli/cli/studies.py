@@ -87,7 +87,7 @@ def profile(
             "--trace",
             metavar="FILE",
             rich_help_panel=OUTPUT,
-            help="Write which experts every token asked for, for replay; .gz compresses.",
+            help="Write which experts or neurons every token asked for, for replay; .gz compresses.",
         ),
     ] = None,
     quiet: Quiet = False,
