@@ -15,13 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from .. import device
 from ..bundles.format import format_bytes
+from ..bundles.order import chain
 from ..bundles.publish import write_atomic, writer_lock
 from ..bundles.sparsity import (
+    ORDER_FILE,
     PREDICTORS_FILE,
     SPARSITY_FILE,
     LayerSparsity,
@@ -86,7 +89,9 @@ def calibrate(
         found = Sparsity(manifest_digest(path), len(ids), tuple(layers), {"perplexity": 1.0, "dense_perplexity": 1.0})
         write_atomic(path / SPARSITY_FILE, sparsity_json(found))
         try:
-            found = replace(found, quality=_quality(path, test, run, progress))
+            demands = _Demands({layer.layer: opened.config.intermediate_size for layer in layers})
+            found = replace(found, quality=_quality(path, test, run, progress, demands))
+            demands.write_order(path, progress)
         except BaseException:
             (path / SPARSITY_FILE).unlink()
             raise
@@ -276,12 +281,40 @@ def _forget(bundle: Path) -> None:
         folder.rmdir()
 
 
+class _Demands:
+    """What the tokens of a run demanded of each layer, a bit a neuron."""
+
+    def __init__(self, counts: dict[int, int]) -> None:
+        self.counts = counts
+        self.tokens: dict[int, list[np.ndarray]] = {layer: [] for layer in counts}
+
+    def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
+        if phase == "decode":
+            demanded = np.zeros(self.counts[layer], bool)
+            demanded[chosen[0]] = True
+            self.tokens[layer].append(np.packbits(demanded))
+
+    def write_order(self, path: Path, progress: Progress | None) -> None:
+        """Which neurons belong side by side, for `reorder`."""
+        orders: dict[str, torch.Tensor] = {}
+        for layer, count in self.counts.items():
+            if progress is not None:
+                progress(len(orders), len(self.counts), "finding which neurons fire together")
+            tokens = [np.flatnonzero(np.unpackbits(packed, count=count)) for packed in self.tokens[layer]]
+            orders[str(layer)] = torch.from_numpy(chain(tokens, count))
+        save_file(orders, path / f"{ORDER_FILE}.tmp")
+        (path / f"{ORDER_FILE}.tmp").replace(path / ORDER_FILE)
+
+
 # ------------------------------------------------------------------ what it costs
 
 
-def _quality(path: Path, ids: list[int], run: RunConfig, progress: Progress | None) -> dict[str, float]:
+def _quality(
+    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: _Demands
+) -> dict[str, float]:
     """Perplexity of held-out tokens, computed as at decoding and densely, and how often both have the same choice."""
-    (sparse, chosen), (dense, wanted) = (_score(path, ids, replace(run, exact=e), progress) for e in (False, True))
+    sparse, chosen = _score(path, ids, replace(run, exact=False), progress, demands)
+    dense, wanted = _score(path, ids, replace(run, exact=True), progress)
     return {
         "perplexity": sparse,
         "dense_perplexity": dense,
@@ -289,12 +322,16 @@ def _quality(path: Path, ids: list[int], run: RunConfig, progress: Progress | No
     }
 
 
-def _score(path: Path, ids: list[int], run: RunConfig, progress: Progress | None) -> tuple[float, torch.Tensor]:
-    """(perplexity, the first choice at every position) of one run."""
+def _score(
+    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: _Demands | None = None
+) -> tuple[float, torch.Tensor]:
+    """(perplexity, the first choice at every position) of one run; `demands` takes down what it asks for."""
     settled = replace(run, context=SEQUENCE, logit_rows=64, prefill_chunk=64)
     nats, count, chosen = 0.0, 0, []
     what = "measuring it dense" if run.exact else "measuring it sparse"
     with Engine(open_model(path), settled) as engine:
+        if demands is not None and engine.neurons is not None:
+            engine.neurons.trace = demands
         for window in windows(ids, SEQUENCE):
             place = 0
             for lp in log_probs(engine, window):

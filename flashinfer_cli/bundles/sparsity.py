@@ -1,6 +1,7 @@
-"""What calibration adds to a bundle: a predictor a layer, and what was measured. Two files beside the manifest's.
+"""What calibration adds to a bundle: a predictor a layer, and what was measured. Files beside the manifest's.
 
     predictors.safetensors   layers.N.a [r, d] and layers.N.b [d_ff, r] in float16, layers.N.bias [d_ff] in float32
+    order.safetensors        N int32 [d_ff], an order in which neurons of layer N that fire together stand together
     sparsity.json            by layer rank, recall, precision, density; for the model its quality; written last
 
 sparsity.json holds the SHA-256 of the manifest it was made for, so that a bundle made anew does not run with the
@@ -18,7 +19,7 @@ from typing import Any
 from ..errors import BundleError
 from .format import MANIFEST_FILE
 
-PREDICTORS_FILE, SPARSITY_FILE = "predictors.safetensors", "sparsity.json"
+PREDICTORS_FILE, ORDER_FILE, SPARSITY_FILE = "predictors.safetensors", "order.safetensors", "sparsity.json"
 _AGAIN = "Calibrate the bundle again: genai-run calibrate BUNDLE."
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +18,15 @@ import torch
 from ..device import Device, allocate
 from ..report import Recorder
 from ..store.flash import FlashStore, Ticket
-from .trace import TraceWriter
 from .window import NeuronPolicy
+
+
+class Tracing(Protocol):
+    """Who wants to know what is demanded, such as a TraceWriter."""
+
+    def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
+        """A token's demand of a layer: chosen int [1, k], ascending."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,11 @@ class NeuronCache:
     ) -> None:
         self.store, self.device, self.recorder, self.block = store, device, recorder, block
         self.layers = {layer: _Layer(file, policies[layer]) for layer, file in files.items()}
-        self.trace: TraceWriter | None = None
+        self.trace: Tracing | None = None
         width = max(file.width for file in files.values())
         self._active = allocate(block * width)
         self._staging = [allocate(block * width) for _ in range(2 * guesses)]  # one being used, one being filled
+        self._reads: list[Ticket | None] = [None] * len(self._staging)  # the last into each
         self._guess: _Guess | None = None
 
     @property
@@ -123,9 +132,20 @@ class NeuronCache:
         absent = ids[layer.slot[ids] < 0][: self.block]
         if len(absent):
             self._staging.reverse()
+            self._reads.reverse()
+            if self._reads[0] is not None:  # one that came out wrong may still be under way to there
+                self._reads[0].wait()
             rows = self._staging[0][: self.block * layer.file.width].reshape(self.block, layer.file.width)
             ticket = self.read(layer.file, absent, np.arange(len(absent)), rows, False)
+            self._reads[0] = ticket
             self._guess = _Guess(index, absent, rows, ticket)
+
+    def settle(self) -> None:
+        """Wait for what is read ahead, so that all of it is counted."""
+        self._settle(-1, np.empty(0, np.int64))
+        for ticket in self._reads:
+            if ticket is not None:
+                ticket.wait()
 
     def _settle(self, index: int, ids: np.ndarray) -> _Guess | None:
         """Take the guess if it is of this layer, and count what of it was right and what was read for nothing."""
@@ -168,7 +188,7 @@ class Pinned:
     def __init__(self, device: Device, recorder: Recorder, block: int) -> None:
         self.device, self.recorder, self.block = device, recorder, block
         self.homes: dict[int, tuple[list[torch.Tensor], int]] = {}  # layer -> (records by slice, records a slice)
-        self.trace: TraceWriter | None = None
+        self.trace: Tracing | None = None
 
     def fetch(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         homes, step = self.homes[index]

@@ -254,6 +254,7 @@ class FlashStore:
             with self._state:  # taken once a request: to end the one before and fetch the next
                 if request is not None:
                     ended = self._finish(request[0], error)
+                    request = None  # an idle thread must not keep the buffer alive
                 while ended is None and not self._queue and not self._closed:
                     self._state.wait()
                 request = self._queue.popleft() if self._queue else None
