@@ -44,6 +44,7 @@ from flashinfer_cli.cache.neurons import NeuronCache, NeuronFile
 from flashinfer_cli.cli.console import Console
 from flashinfer_cli.cli.tables import Table
 from flashinfer_cli.config import NEURON_BLOCK, RunConfig
+from flashinfer_cli.device import allocate
 from flashinfer_cli.models import build
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import MemoryPlan, Sizes, pin
@@ -116,11 +117,15 @@ class _All:
 def in_parts(parts: dict[tuple[Path, int], list[NeuronFile]]) -> type[NeuronCache]:
     """The neuron cache, reading each part of a neuron from a file of its own."""
 
+    staging: dict[str, np.ndarray] = {}
+
     class PartedCache(NeuronCache):
         def read(self, file: NeuronFile, ids: np.ndarray, rows: np.ndarray, into: np.ndarray, urgent: bool) -> Any:
             tickets, buffers = [], []
             for part in parts[file.path, file.base]:
-                buffer = np.empty((len(ids), part.width), np.uint8)
+                if part.path.suffix not in staging:
+                    staging[part.path.suffix] = allocate(NEURON_BLOCK * part.width).reshape(NEURON_BLOCK, part.width)
+                buffer = staging[part.path.suffix]
                 at = np.arange(len(ids))
                 tickets.append(
                     self.store.read_records(part.path, part.base, part.width, ids, at, buffer, "neuron", urgent=urgent)
@@ -130,7 +135,7 @@ def in_parts(parts: dict[tuple[Path, int], list[NeuronFile]]) -> type[NeuronCach
             def join() -> None:
                 place = 0
                 for buffer in buffers:
-                    into[rows, place : place + buffer.shape[1]] = buffer
+                    into[rows, place : place + buffer.shape[1]] = buffer[: len(ids)]
                     place += buffer.shape[1]
 
             return _All(tickets, join)
@@ -188,6 +193,7 @@ def run(bundle: Path, ids: list[int], prompt: int, row: Row) -> dict[str, Any]:
         count = len(steps)
         return {
             "step": row.name,
+            "direct_io": report.direct_io,
             "MB_per_token": sum(step.bytes_read for step in steps) / count / 1e6,
             "ms_per_token": 1e3 * median(step.seconds for step in steps),
             "waiting_ms": 1e3 * median(step.wait_seconds for step in steps),

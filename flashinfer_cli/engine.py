@@ -119,6 +119,8 @@ class Engine:
         sparse_layers = [layer.layer for layer in self.sparsity.layers] if self.sparsity is not None else []
         predictors = load_predictors(model.checkpoint.path, sparse_layers, self.kernels, self.device)
         layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers)
+        known = self.sparsity.layers if self.sparsity is not None else ()
+        self.neuron_wants = {layer.layer: layer.working_set(run.window) for layer in known}
         records = getattr(model.checkpoint, "records", {})
         self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}
         self.plan, self.run = plan_model(model, layout, run, self.device)
@@ -140,7 +142,7 @@ class Engine:
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
-                self.decoder = builder.build(run, predictors)
+                self.decoder = builder.build(run, predictors, self.neuron_wants)
                 self.experts = builder.experts
                 self.neurons = builder.neurons
                 self.store.tick()

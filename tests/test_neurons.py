@@ -29,7 +29,7 @@ from flashinfer_cli.bundles.sparsity import (
 )
 from flashinfer_cli.bundles.verify import verify_bundle
 from flashinfer_cli.cache.trace import read_trace
-from flashinfer_cli.cache.window import Window, make_policy
+from flashinfer_cli.cache.window import Window, deal, make_policy
 from flashinfer_cli.config import NEURON_POLICIES
 from flashinfer_cli.device import allocate
 from flashinfer_cli.errors import BundleError
@@ -95,6 +95,19 @@ def test_policies_keep_their_promises(name, capacity):
         assert len(held & set(ids.tolist())) == min(len(ids), max(capacity, 0)) or len(ids) <= capacity
     assert policy.hits + policy.misses == asked
     assert policy.hits > 0 or capacity < 7
+
+
+def test_slots_go_where_they_are_wanted():
+    counts, widths = dict.fromkeys(range(3), 100), {0: 512, 1: 512, 2: 1024}
+    wants = {0: 0.6, 1: 0.1, 2: 0.1}
+    assert deal(40 * 512, counts, widths, wants) == {0: 28, 1: 4, 2: 4}  # 6 to 1 to 1, of what there is
+    assert deal(10**9, counts, widths, wants) == counts
+    for room in (0, 511, 77_777, 200_000):
+        found = deal(room, counts, widths, wants)
+        assert 0 <= room - sum(widths[i] * n for i, n in found.items()) < 2048 or found == counts
+        assert found[0] >= found[1] >= found[2]
+    layer = LayerSparsity(0, 8, 1, 0.05, 0.1, 1.0, 0.5, {"1": 0.04, "2": 0.03, "4": 0.02})
+    assert layer.working_set(1) == 0.1 and layer.working_set(5) == pytest.approx(0.1 + 0.04 + 0.03 + 0.03 + 0.02)
 
 
 # ------------------------------------------------------------------ reads

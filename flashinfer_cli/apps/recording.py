@@ -55,6 +55,7 @@ def _neurons(engine: Engine, cache: NeuronCache | Pinned, path: Path) -> Iterato
         "model": engine.model.describe()["name"],
         "policy": engine.run.neuron_policy,
         "window": engine.run.window,
+        "wants": engine.neuron_wants,
         "filled": isinstance(cache, Pinned),
         "room": cache.room if isinstance(cache, NeuronCache) else records,
     }

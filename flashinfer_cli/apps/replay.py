@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..cache.policy import Belady, Lru, Policy, expert_policy
 from ..cache.trace import Demand, Trace, read_trace
-from ..cache.window import ByLayer, policies_by_layer
+from ..cache.window import ByLayer, deal, policies_by_layer
 from ..config import EXPERT_POLICIES, NEURON_POLICIES, RunConfig
 from ..errors import UsageError
 
@@ -139,8 +139,8 @@ def _policy(trace: Trace, name: str, slots: int) -> AnyPolicy:
     """A policy by name, with room for `slots` of all records; that of neurons is dealt to the layers beforehand."""
     if trace.kind == "experts":
         return expert_policy(name, trace.records, slots)
-    total = sum(trace.records.values())
-    room = {layer: slots * count // total for layer, count in trace.records.items()}
+    wants = {int(layer): float(share) for layer, share in trace.about.get("wants", {}).items()}
+    room = deal(slots, trace.records, dict.fromkeys(trace.records, 1), wants)
     return policies_by_layer(name, trace.records, room, trace.about.get("window", RunConfig.window))
 
 

@@ -36,6 +36,15 @@ class LayerSparsity:
     precision: float  # of those predicted, how many fire
     new: dict[str, float] = field(default_factory=dict)  # window of k tokens -> predicted and not in it
 
+    def working_set(self, window: int) -> float:
+        """Neurons that some of so many consecutive tokens are predicted to need."""
+        known = sorted((int(k), share) for k, share in self.new.items())
+        total = self.predicted
+        for k in range(1, window):  # each further token adds what those before it did not have
+            at_most = [share for tokens, share in known if tokens <= k]
+            total += at_most[-1] if at_most else self.predicted
+        return min(1.0, total)
+
 
 @dataclass(frozen=True)
 class Sparsity:

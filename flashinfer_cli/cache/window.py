@@ -129,6 +129,31 @@ def make_policy(name: str, count: int, capacity: int, window: int) -> NeuronPoli
     return Recent(count, capacity) if name == "recent" else Frequent(count, capacity)
 
 
+def deal(room: int, counts: Mapping[int, int], widths: Mapping[int, int], wants: Mapping[int, float]) -> dict[int, int]:
+    """Slots by layer within `room` bytes, in proportion to what each wants, none more than it has neurons.
+
+    `counts` neurons of `widths` bytes; `wants` the share of them that a window of tokens was seen to need. Where there
+    is less room than that, all shrink alike.
+    """
+    need = {layer: max(wants.get(layer, 1.0), 1e-3) * counts[layer] for layer in counts}
+
+    def slots(factor: float) -> dict[int, int]:
+        return {layer: min(counts[layer], int(factor * need[layer])) for layer in counts}
+
+    low, high = 0.0, 1.0 + max((counts[layer] / need[layer] for layer in counts), default=0.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = sum(widths[layer] * n for layer, n in slots(middle).items()) <= room
+        low, high = (middle, high) if fits else (low, middle)
+    found = slots(low)
+    left = room - sum(widths[layer] * n for layer, n in found.items())
+    for layer in sorted(counts, key=lambda layer: -need[layer]):
+        more = min(1, counts[layer] - found[layer], left // widths[layer])
+        found[layer] += more
+        left -= more * widths[layer]
+    return found
+
+
 class ByLayer:
     """A policy for each layer, driven as the policies of experts are: for replay. Counts tokens that are decoded."""
 
