@@ -35,7 +35,7 @@ from ..bundles.sparsity import (
 from ..cache.kv import KVCache
 from ..config import MiB, RunConfig, format_size
 from ..engine import Engine
-from ..errors import BudgetError, UnsupportedModelError, UsageError
+from ..errors import BudgetError, TokenizerError, UnsupportedModelError, UsageError
 from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
@@ -80,22 +80,24 @@ def calibrate(
             f"The text is {len(ids):,} tokens; calibration needs {LEAST_TOKENS + evaluate_tokens:,} at least.",
             "Give a longer text with --text.",
         )
+    if max(ids) >= opened.config.vocab_size:
+        raise TokenizerError(
+            f"The tokenizer of {opened.name} makes ids up to {max(ids):,}, and the model knows "
+            f"{opened.config.vocab_size:,}: it is another model's.",
+            "Make the bundle again from the whole folder of the model.",
+        )
     ids, test = ids[:-evaluate_tokens][:tokens], ids[-evaluate_tokens:]
     path = opened.checkpoint.path
     with writer_lock(path):
         layers, predictors = _layers(opened, ids, run, recall, progress)
+        (path / SPARSITY_FILE).unlink(missing_ok=True)  # of a calibration before: it goes with its predictors
         save_file(predictors, path / f"{PREDICTORS_FILE}.tmp")
         (path / f"{PREDICTORS_FILE}.tmp").replace(path / PREDICTORS_FILE)
-        found = Sparsity(manifest_digest(path), len(ids), tuple(layers), {"perplexity": 1.0, "dense_perplexity": 1.0})
-        write_atomic(path / SPARSITY_FILE, sparsity_json(found))
-        try:
-            demands = _Demands({layer.layer: opened.config.intermediate_size for layer in layers})
-            found = replace(found, quality=_quality(path, test, run, progress, demands))
-            demands.write_order(path, progress)
-        except BaseException:
-            (path / SPARSITY_FILE).unlink()
-            raise
-        write_atomic(path / SPARSITY_FILE, sparsity_json(found))
+        found = Sparsity(manifest_digest(path), len(ids), tuple(layers), {})
+        demands = _Demands({layer.layer: opened.config.intermediate_size for layer in layers})
+        found = replace(found, quality=_quality(path, test, run, progress, demands, found))
+        demands.write_order(path, progress)
+        write_atomic(path / SPARSITY_FILE, sparsity_json(found))  # the last: now the bundle runs sparse
         _forget(path)
     return found
 
@@ -118,7 +120,7 @@ def _check(opened: OpenModel) -> None:
     if opened.config.hidden_act not in SPARSE_ACTS:
         raise UnsupportedModelError(
             f"The activation '{opened.config.hidden_act}' leaves no neuron at zero, so there is nothing to predict.",
-            "Stream it as it is: plain streaming needs no calibration.",
+            "apps.gated.study measures what skipping small ones would bring; plain streaming needs no calibration.",
         )
     if opened.config.mod is not None or not getattr(opened.checkpoint, "records", {}):
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
@@ -310,10 +312,10 @@ class _Demands:
 
 
 def _quality(
-    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: _Demands
+    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: _Demands, found: Sparsity
 ) -> dict[str, float]:
     """Perplexity of held-out tokens, computed as at decoding and densely, and how often both have the same choice."""
-    sparse, chosen = _score(path, ids, replace(run, exact=False), progress, demands)
+    sparse, chosen = _score(path, ids, replace(run, exact=False), progress, demands, found)
     dense, wanted = _score(path, ids, replace(run, exact=True), progress)
     return {
         "perplexity": sparse,
@@ -323,13 +325,22 @@ def _quality(
 
 
 def _score(
-    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: _Demands | None = None
+    path: Path,
+    ids: list[int],
+    run: RunConfig,
+    progress: Progress | None,
+    demands: _Demands | None = None,
+    found: Sparsity | None = None,
 ) -> tuple[float, torch.Tensor]:
-    """(perplexity, the first choice at every position) of one run; `demands` takes down what it asks for."""
+    """(perplexity, the first choice at every position) of one run; `demands` takes down what it asks for; `found`
+    is not written yet."""
     settled = replace(run, context=SEQUENCE, logit_rows=64, prefill_chunk=64)
     nats, count, chosen = 0.0, 0, []
     what = "measuring it dense" if run.exact else "measuring it sparse"
-    with Engine(open_model(path), settled) as engine:
+    opened = open_model(path)
+    if found is not None:
+        vars(opened)["sparsity"] = found  # as if it had been read
+    with Engine(opened, settled) as engine:
         if demands is not None and engine.neurons is not None:
             engine.neurons.trace = demands
         for window in windows(ids, SEQUENCE):

@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from ..config import MiB
 from ..errors import BundleError, StorageError
@@ -73,7 +72,7 @@ def _orders(source: BundleCheckpoint) -> dict[int, np.ndarray]:
     """By layer, which neuron stands at each place."""
     file, again = source.path / ORDER_FILE, "Calibrate the bundle again."
     try:
-        found = {int(name): value.numpy() for name, value in load_file(file).items()}
+        found = {int(name): value for name, value in load_file(file).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"{file} cannot be read: {error}.", again) from None
     for layer, order in found.items():
@@ -145,8 +144,7 @@ def _copy(path: Path, patches: _Patches, output: HashedFile) -> None:
 def _predictors(bundle: Path, orders: Mapping[int, np.ndarray], folder: Path) -> None:
     tensors = load_file(bundle / PREDICTORS_FILE)
     for layer, order in orders.items():
-        where = torch.from_numpy(order.astype(np.int64))
         for part in ("b", "bias"):
             name = f"layers.{layer}.{part}"
-            tensors[name] = tensors[name][where].contiguous()
+            tensors[name] = tensors[name][order]
     save_file(tensors, folder / PREDICTORS_FILE)

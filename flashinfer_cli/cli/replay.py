@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ..config import EXPERT_POLICIES, NEURON_POLICIES, format_size
-from ..errors import UsageError
 from .console import Console
 from .options import MEMORY, OUTPUT, Json, Quiet
-from .running import as_json, check_writable, write_file
+from .running import as_json, check_writable, parse_share, write_file
 from .tables import Table
 
 MOST_GUESSES = 8  # columns of the table of recalls
@@ -55,7 +54,7 @@ def replay(
     """
     console = Console(quiet)
     check_writable(html)
-    shares = [_share(text) for text in at or ()]
+    shares = [parse_share(text, "--at") for text in at or ()]
     from ..apps.replay import replay as run
 
     found = run(
@@ -73,16 +72,6 @@ def replay(
         console.answer(as_json(found))
     else:
         console.show(replay_tables(found))
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise UsageError(f"--at {text} is not a share of the records.", "Write 25% or 0.25.")
-    return value
 
 
 def replay_tables(found: Mapping[str, Any]) -> list[Table]:
