@@ -10,6 +10,11 @@ import sys
 
 # name: (module, what it shows, where it was published)
 FIGURES: dict[str, tuple[str, str, str]] = {
+    "flash-ladder": (
+        "flash_ladder",
+        "bytes and time a token as the parts come in",
+        "2312.11514",
+    ),
     "experts": ("experts", "what an expert cache and guesses ahead find and earn", "2312.17238"),
 }
 

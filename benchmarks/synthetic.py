@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from flashinfer_cli import zoo
+
+from . import synthetic_relu
 
 SHARD = 1 << 30  # bytes
 LLAMA: dict[str, Any] = {
@@ -40,6 +45,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 64,
     },
 }
+
+
+MODELS |= synthetic_relu.MODELS
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # the zoo's: its ids are the first few thousand of ours
 
 
 def tensors(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...], float]]:
@@ -70,7 +79,7 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     if (out / "config.json").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, config["dtype"])
     places: dict[str, str] = {}
     held: dict[str, torch.Tensor] = {}
     parts = 0
@@ -83,11 +92,20 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
         places.update(dict.fromkeys(held, file))
         held = {}
 
-    for tensor, shape, std in tensors(config):
-        value = torch.randn(shape, generator=generator).mul_(std) if std else torch.ones(shape)
-        held[tensor] = value.to(torch.bfloat16)
+    def add(found: dict[str, torch.Tensor]) -> None:
+        held.update({tensor: value.to(dtype).contiguous() for tensor, value in found.items()})
         if sum(t.nbytes for t in held.values()) > SHARD:
             flush()
+
+    if name in synthetic_relu.MODELS:
+        torch.manual_seed(seed)
+        synthetic_relu.write(config, add)
+        for file in _TOKENIZER:
+            shutil.copy(zoo.path_of("stories-relu") / file, out / file)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        for tensor, shape, std in tensors(config):
+            add({tensor: torch.randn(shape, generator=generator).mul_(std) if std else torch.ones(shape)})
     flush()
     index = {"metadata": {}, "weight_map": places}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -175,6 +175,7 @@ class RunConfig:
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
+    prefetch_neurons: bool = False  # read what the next layer's predictor says of this layer's input ahead of need
     expert_policy: Literal["lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "lfu"  # which experts stay (an MoE)
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
     lookahead: int = 1  # layers ahead to guess the experts of
@@ -217,6 +218,7 @@ class RunConfig:
             raise UsageError("The I/O threads and the prefill chunk must be at least 1.")
 
 
+NEURON_POLICIES = ("recent", "window", "frequent")
 EXPERT_POLICIES = ("lfu", "stale", "lru", "lru-layer", "pinned")
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256

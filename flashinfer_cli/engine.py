@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import device as devices
+from .bundles.format import RecordLayout
 from .cache.kv import KVCache
 from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
@@ -118,6 +119,10 @@ class Engine:
         sparse_layers = [layer.layer for layer in self.sparsity.layers] if self.sparsity is not None else []
         predictors = load_predictors(model.checkpoint.path, sparse_layers, self.kernels, self.device)
         layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers)
+        known = self.sparsity.layers if self.sparsity is not None else ()
+        self.neuron_wants = {layer.layer: layer.working_set(run.window) for layer in known}
+        records = getattr(model.checkpoint, "records", {})
+        self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}
         self.plan, self.run = plan_model(model, layout, run, self.device)
         if notify is not None:
             notify(str(self.plan))
@@ -137,8 +142,9 @@ class Engine:
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
-                self.decoder = builder.build(run, predictors)
+                self.decoder = builder.build(run, predictors, self.neuron_wants)
                 self.experts = builder.experts
+                self.neurons = builder.neurons
                 self.store.tick()
             assert self.run.context is not None
             self._kv = KVCache(model.config, self.run.context, self.device.name)

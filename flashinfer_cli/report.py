@@ -78,6 +78,7 @@ class Recorder:
         self.sizes: dict[int, int] = defaultdict(int)  # request bytes, rounded up to a power of two -> count
         self.layers: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])  # -> [wait, compute]
         self.neuron_counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])  # -> [computed, of]
+        self.neuron_guesses = [0, 0]  # read ahead of need, of these needed
         self.expert_counts: dict[tuple[str, int], ExpertCount] = defaultdict(ExpertCount)
         self.steps: list[Step] = []
         self.layer = -1  # -1 embedding, 0.. the layers, num_hidden_layers the head
@@ -148,6 +149,12 @@ class Recorder:
         total = self.neuron_counts[self.phase, layer]
         total[0] += computed
         total[1] += count
+
+    def neuron_guess(self, read: int, right: int, nbytes: int) -> None:
+        """So many neurons were read ahead of need, of which so many were then needed; bytes of one."""
+        self.neuron_guesses[0] += read
+        self.neuron_guesses[1] += right
+        self.wasted_bytes += (read - right) * nbytes
 
     def experts(self, layer: int, hits: Sequence[int], misses: Sequence[int], named: Mapping[int, list[int]]) -> None:
         """A pass needed these experts of a layer; `named` were guessed, best first, by how many layers ahead."""

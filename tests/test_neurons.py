@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import make
 
 import flashinfer_cli as fc
+from flashinfer_cli.apps.recording import recording
+from flashinfer_cli.apps.replay import as_it_ran, replay
+from flashinfer_cli.bundles.order import chain, runs
+from flashinfer_cli.bundles.reorder import reorder
 from flashinfer_cli.bundles.sparsity import (
+    ORDER_FILE,
     PREDICTORS_FILE,
     SPARSITY_FILE,
     LayerSparsity,
@@ -20,10 +27,14 @@ from flashinfer_cli.bundles.sparsity import (
     manifest_digest,
     sparsity_json,
 )
-from flashinfer_cli.cache.window import POLICIES, Window, make_policy
+from flashinfer_cli.bundles.verify import verify_bundle
+from flashinfer_cli.cache.trace import read_trace
+from flashinfer_cli.cache.window import Window, deal, make_policy
+from flashinfer_cli.config import NEURON_POLICIES
 from flashinfer_cli.device import allocate
 from flashinfer_cli.errors import BundleError
 from flashinfer_cli.layers.demand import Oracle
+from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import make_plan
 from flashinfer_cli.report import Recorder
 from flashinfer_cli.store.flash import MOST_VIEWS, FlashStore
@@ -64,7 +75,7 @@ def test_a_short_memory_shrinks_the_window():
     assert sorted(gone.tolist()) == [0, 1] and policy.held.sum() == 3
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NEURON_POLICIES)
 @pytest.mark.parametrize("capacity", [0, 1, 7, 20, 64])
 def test_policies_keep_their_promises(name, capacity):
     """Never more than there is room for; what is demanded is held where it fits; every id demanded is counted."""
@@ -84,6 +95,19 @@ def test_policies_keep_their_promises(name, capacity):
         assert len(held & set(ids.tolist())) == min(len(ids), max(capacity, 0)) or len(ids) <= capacity
     assert policy.hits + policy.misses == asked
     assert policy.hits > 0 or capacity < 7
+
+
+def test_slots_go_where_they_are_wanted():
+    counts, widths = dict.fromkeys(range(3), 100), {0: 512, 1: 512, 2: 1024}
+    wants = {0: 0.6, 1: 0.1, 2: 0.1}
+    assert deal(40 * 512, counts, widths, wants) == {0: 28, 1: 4, 2: 4}  # 6 to 1 to 1, of what there is
+    assert deal(10**9, counts, widths, wants) == counts
+    for room in (0, 511, 77_777, 200_000):
+        found = deal(room, counts, widths, wants)
+        assert 0 <= room - sum(widths[i] * n for i, n in found.items()) < 2048 or found == counts
+        assert found[0] >= found[1] >= found[2]
+    layer = LayerSparsity(0, 8, 1, 0.05, 0.1, 1.0, 0.5, {"1": 0.04, "2": 0.03, "4": 0.02})
+    assert layer.working_set(1) == 0.1 and layer.working_set(5) == pytest.approx(0.1 + 0.04 + 0.03 + 0.03 + 0.02)
 
 
 # ------------------------------------------------------------------ reads
@@ -157,9 +181,9 @@ def write_predictors(out: Path, model: Decoder | None = None, silent: int | None
 
 def decoded(path: Path, **options) -> tuple[torch.Tensor, fc.RunReport]:
     with fc.load(path, context=32, **options) as engine:
-        session = engine.session()
-        rows = [session.prefill(PROMPT)]
-        rows += [session.step(token) for token in STEPS]
+        session, count = engine.session(), engine.config.vocab_size
+        rows = [session.prefill([token % count for token in PROMPT])]
+        rows += [session.step(token % count) for token in STEPS]
         return torch.stack(rows), engine.report()
 
 
@@ -177,8 +201,8 @@ def test_no_cache_changes_a_bit(bundle, monkeypatch):
     width, requests = 512, []
     for neurons in (0, 1, 20, 100, 160):
         slots_of(monkeypatch, 3 * neurons * width)
-        for policy in POLICIES:
-            got, report = decoded(bundle, stream="always", neuron_policy=policy, window=3)
+        for policy, window in (("recent", 5), ("frequent", 5), ("window", 1), ("window", 6)):
+            got, report = decoded(bundle, stream="always", neuron_policy=policy, window=window)
             assert torch.equal(got, want)
             requests.append(sum(io["bytes"] for io in report.io if io["kind"] == "neuron"))
     assert max(requests) == requests[0] > 2 * min(requests) > 0  # or the test would show nothing
@@ -209,16 +233,12 @@ def test_the_oracle_gives_the_dense_tokens(bundle, monkeypatch):
 
 def test_skipped_neurons_are_neither_read_nor_computed(bundle, tmp_path):
     """A neuron that is never predicted may hold anything: only a prompt, which is dense, would meet it."""
-    import shutil
-
     copy = tmp_path / "b"
     shutil.copytree(bundle, copy)
     write_predictors(copy, silent=17)
     _, report = decoded(copy, stream="always")
     neurons = [io for io in report.io if io["phase"] == "decode" and io["kind"] == "neuron"]
     assert len(neurons) == 1
-    from flashinfer_cli.models.open import open_model
-
     opened = open_model(copy)
     width = opened.checkpoint.records[0].width_bytes
     assert neurons[0]["useful"] % width == 0 and neurons[0]["useful"] < len(STEPS) * 3 * 160 * width
@@ -236,8 +256,6 @@ def test_skipped_neurons_are_neither_read_nor_computed(bundle, tmp_path):
 
 @pytest.mark.parametrize("damage", ["manifest", "json", "predictors", "gone"])
 def test_stale_or_damaged_calibrations_are_refused(bundle, tmp_path, damage):
-    import shutil
-
     copy = tmp_path / "b"
     shutil.copytree(bundle, copy)
     if damage == "manifest":
@@ -253,3 +271,138 @@ def test_stale_or_damaged_calibrations_are_refused(bundle, tmp_path, damage):
         fc.load(copy, context=32)
     with fc.load(copy, context=32, exact=True) as engine:  # what needs no predictors still runs
         assert engine.report().exactness == "exact"
+
+
+# ------------------------------------------------------------------ ahead of need, and after a prompt
+
+
+def reads(report: fc.RunReport, phase: str = "decode") -> int:
+    return sum(io["useful"] for io in report.io if io["kind"] == "neuron" and io["phase"] == phase)
+
+
+def test_guesses_change_no_bit_and_their_waste_is_counted(bundle, monkeypatch):
+    want, _ = decoded(bundle)
+    width = 512
+    for neurons in (0, 30, 160):
+        slots_of(monkeypatch, 3 * neurons * width)
+        _, plain = decoded(bundle, stream="always")
+        with fc.load(bundle, context=32, stream="always", prefetch_neurons=True) as engine:
+            session = engine.session()
+            got = torch.stack([session.prefill(PROMPT), *(session.step(token) for token in STEPS)])
+            engine.neurons.settle()
+            report, (read, right) = engine.report(), engine.recorder.neuron_guesses
+        assert torch.equal(got, want)
+        assert report.decode.hits == plain.decode.hits and report.decode.misses == plain.decode.misses
+        assert report.wasted_bytes == (read - right) * width
+        assert reads(report) == reads(plain) + report.wasted_bytes  # each needed byte is read once, ahead or not
+        assert neurons == 160 or 0 < right < read
+
+
+@pytest.mark.parametrize("policy", NEURON_POLICIES)
+def test_a_prompt_leaves_its_neurons_in_the_slots(bundle, monkeypatch, policy):
+    """The slots then hold what they would hold had the prompt been decoded, right to the byte, and nothing was read."""
+    slots_of(monkeypatch, 3 * 90 * 512)
+    options = {"context": 32, "stream": "always", "neuron_policy": policy, "window": 2}
+    with fc.load(bundle, **options) as engine:
+        engine.session().prefill(PROMPT)
+        assert reads(engine.report(), "prefill") == 0
+        for layer in engine.neurons.layers.values():
+            assert np.array_equal(layer.slot >= 0, layer.policy.held) and layer.policy.held.sum() > 20
+            stored = np.fromfile(layer.file.path, np.uint8)[layer.file.base :].reshape(-1, layer.file.width)
+            ids = np.flatnonzero(layer.slot >= 0)
+            assert np.array_equal(layer.rows[layer.slot[ids]], stored[ids])
+            assert layer.policy.time == len(PROMPT) and layer.policy.hits == layer.policy.misses == 0
+
+
+# ------------------------------------------------------------------ traces
+
+
+@pytest.mark.parametrize("policy", NEURON_POLICIES)
+@pytest.mark.parametrize("slots", [0, 40, 100, None])
+def test_replay_counts_what_the_run_counted(bundle, tmp_path, monkeypatch, policy, slots):
+    options = {}
+    if slots is not None:
+        slots_of(monkeypatch, 3 * slots * 512)
+        options = {"stream": "always", "neuron_policy": policy, "window": 3}
+    with fc.load(bundle, context=32, **options) as engine, recording(engine, tmp_path / "t.jsonl.gz"):
+        session = engine.session()
+        session.prefill(PROMPT)
+        for token in STEPS:
+            session.step(token)
+        computed = sum(count for (phase, _), (count, _) in engine.recorder.neuron_counts.items() if phase == "decode")
+        layers = engine.neurons.layers.values() if slots is not None else []
+        misses = sum(layer.policy.misses for layer in layers)
+        hits = sum(layer.policy.hits for layer in layers) if layers else computed
+        assert reads(engine.report()) == misses * 512 and hits + misses == computed > 1000
+    trace = read_trace(tmp_path / "t.jsonl.gz")
+    again = as_it_ran(trace)
+    assert (again.hits(), again.misses()) == (hits, misses) and trace.tokens("decode") == len(STEPS)
+    assert (misses == 0) == (slots is None)
+    if slots == 40:
+        share = slots / 160
+        found = replay(tmp_path / "t.jsonl.gz", shares=[share, 1.0])
+        part, whole = found["points"]
+        mine = part["policies"][policy]
+        assert mine["hit_ratio"] == hits / computed
+        assert all(each["hit_ratio"] <= part["belady"]["hit_ratio"] for each in part["policies"].values())
+        assert mine["bytes_per_token"] == misses * 512 / len(STEPS) and whole["bytes"] == 3 * 160 * 512
+
+
+# ------------------------------------------------------------------ order
+
+
+def test_the_chain_puts_together_what_fires_together():
+    random = np.random.default_rng(3)
+    groups = random.permutation(64).reshape(8, 8)  # eight groups of eight, scattered; the last never fires
+    tokens = [np.sort(groups[random.integers(7)]) for _ in range(100)]
+    order = chain(tokens, 64)
+    assert sorted(order) == list(range(64)) and order[56:].tolist() == sorted(groups[7])
+    place = np.empty(64, int)
+    place[order] = np.arange(64)
+    before, after = (sum(runs(np.sort(ids), 0) for ids in tokens) for tokens in (tokens, [place[t] for t in tokens]))
+    assert after == len(tokens) < before / 3  # a run a token
+
+
+def test_a_reordered_bundle_is_the_same_model(bundle, tmp_path):
+    copy, opened = tmp_path / "b", open_model(bundle)
+    with pytest.raises(BundleError, match="not known"):
+        reorder(bundle, tmp_path / "no")
+    shutil.copytree(bundle, copy)
+    random = np.random.default_rng(0)
+    orders = {str(layer): torch.from_numpy(random.permutation(160).astype(np.int32)) for layer in range(3)}
+    save_file(orders, copy / ORDER_FILE)
+    with pytest.raises(BundleError, match="exists"):
+        reorder(copy, copy)
+    made = reorder(copy, tmp_path / "made")
+    assert not verify_bundle(made) and open_model(made).weight_bytes == opened.weight_bytes
+    for options in ({"exact": True}, {}, {"stream": "always"}):
+        want, _ = decoded(copy, **options)
+        got, _ = decoded(made, **options)
+        assert (got - want).abs().max() < 1e-4 and not torch.equal(got, want)
+    with pytest.raises(BundleError, match="already"):
+        reorder(made, tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "made"]
+    save_file({**orders, "1": torch.zeros(160, dtype=torch.int32)}, copy / ORDER_FILE)
+    with pytest.raises(BundleError, match="not of this"):
+        reorder(copy, tmp_path / "no")
+
+
+def test_biases_move_with_their_neurons(tmp_path):
+    path = make("opt", 0, tmp_path / "model")[0]
+    out = fc.bundle(path, tmp_path / "b")
+    counts = {layer: found.count for layer, found in open_model(out).checkpoint.records.items()}
+    random = np.random.default_rng(0)
+    tensors = {}
+    for layer, count in counts.items():
+        d = open_model(out).config.hidden_size
+        parts = {"a": torch.randn(4, d).half(), "b": torch.randn(count, 4).half(), "bias": torch.randn(count)}
+        tensors |= {f"layers.{layer}.{name}": value for name, value in parts.items()}
+    save_file(tensors, out / PREDICTORS_FILE)
+    layers = tuple(LayerSparsity(i, 4, 1, 0.5, 0.5, 0.5, 0.5) for i in counts)
+    quality = {"perplexity": 2.0, "dense_perplexity": 1.0, "top1_agreement": 0.5}
+    (out / SPARSITY_FILE).write_bytes(sparsity_json(Sparsity(manifest_digest(out), 100, layers, quality)))
+    orders = {str(i): torch.from_numpy(random.permutation(n).astype(np.int32)) for i, n in counts.items()}
+    save_file(orders, out / ORDER_FILE)
+    made = reorder(out, tmp_path / "made")
+    for options in ({"exact": True}, {}):
+        assert (decoded(made, **options)[0] - decoded(out, **options)[0]).abs().max() < 1e-4

@@ -1,7 +1,7 @@
 """Training one layer's predictor (2312.11514, 3.1): which neurons fire, told from the input of the FFN.
 
 A(x) then B: the best linear map of rank r for the gate's own pre-activations under the inputs seen is where training
-starts (a whitened SVD, in closed form); a balanced cross-entropy then bends it from their value to their sign.
+starts (in closed form); a balanced cross-entropy then bends it from their value to their sign.
 """
 
 from __future__ import annotations
@@ -36,29 +36,41 @@ class Fitted:
         return 2 * (self.a.numel() + self.b.numel()) + 4 * self.bias.numel()
 
 
-def whitened_svd(x: torch.Tensor, gate: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [rank, d] and B [d_ff, rank] with the least mean squared error of B A x against gate x over the rows of x."""
-    covariance = x.T @ x / len(x)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=1e-8 * float(values.max())).sqrt()
-    u, s, v = torch.linalg.svd(gate @ root, full_matrices=False)
-    back = torch.linalg.pinv(root)
-    return v[:rank] @ back, u[:, :rank] * s[:rank]
+class Whitened:
+    """The best linear maps of every rank for a gate's pre-activations under the inputs seen.
+
+    x float32 [N, d] and gate [d_ff, d]; two eigen-decompositions of d x d, whatever the rank and d_ff.
+    """
+
+    def __init__(self, x: torch.Tensor, gate: torch.Tensor) -> None:
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        root = values.clamp(min=1e-8 * float(values.max())).sqrt()
+        ahead = vectors * root  # [d, d]: white noise -> inputs
+        seen = gate @ ahead
+        _, self.axes = torch.linalg.eigh(seen.T @ seen)  # ascending
+        self.gate, self.ahead, self.back = gate, ahead, (vectors / root).T
+
+    def of_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, d] and B [d_ff, rank] with the least mean squared error of B A x against gate x over the rows of
+        x."""
+        axes = self.axes[:, -rank:].flip(1)
+        return axes.T @ self.back, self.gate @ (self.ahead @ axes)
 
 
 def fit(
-    x: torch.Tensor, fired: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor | None, rank: int, recall: float,
+    x: torch.Tensor, fired: torch.Tensor, start: Whitened, gate_bias: torch.Tensor | None, rank: int, recall: float,
     held: int, seed: int = 0,
 ) -> Fitted:  # fmt: skip
-    """x float32 [N, d], fired bool [N, d_ff], gate [d_ff, d]; the last `held` rows choose the threshold and judge it.
+    """x float32 [N, d], fired bool [N, d_ff]; `start` is of the rows but the last `held`, which choose the threshold
+    and judge it.
 
     The threshold is the highest at which half of the held-out tokens reach `recall`; the other half is what the figures
     are of.
     """
     generator = torch.Generator().manual_seed(seed)
     learn, judge = slice(0, len(x) - held), slice(len(x) - held, len(x))
-    a, b = whitened_svd(x[learn], gate, rank)
-    bias = torch.zeros(len(gate)) if gate_bias is None else gate_bias.clone()
+    a, b = start.of_rank(rank)
+    bias = torch.zeros(len(b)) if gate_bias is None else gate_bias.clone()
     scale = (x[learn][:1024] @ a.T @ b.T + bias).std() / 2
     a, b, bias = a.clone(), b / scale, bias / scale
     parameters = [a, b, bias]

@@ -1,4 +1,4 @@
-"""Record which experts every token of a run asks for, for `replay`."""
+"""Record which experts or neurons every token of a run asks for, for `replay`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..cache.neurons import NeuronCache, Pinned
 from ..cache.trace import TraceWriter, open_trace
 from ..engine import Engine
 from ..errors import UsageError
@@ -13,15 +14,21 @@ from ..errors import UsageError
 
 @contextmanager
 def recording(engine: Engine, path: Path) -> Iterator[None]:
-    """Write what the engine's experts are asked for, and the guesses of it, into `path` while the block runs.
+    """Write what the engine's experts are asked for, and the guesses of it, into `path` while the block runs; of a
+    calibrated model the neurons.
 
-    Raises UsageError where the model has no experts. The cache is taken as it is: begin with a fresh engine.
+    Raises UsageError where the model has neither. The cache is taken as it is: begin with a fresh engine.
     """
+    if engine.neurons is not None:
+        with _neurons(engine, engine.neurons, path):
+            yield
+        return
     cache = engine.experts
     if cache is None:
         raise UsageError(
-            f"'{engine.model.describe()['name']}' has no experts, so there is nothing to trace.",
-            "Leave --trace out.",
+            f"'{engine.model.describe()['name']}' has no experts and no predictors of neurons, "
+            "so there is nothing to trace.",
+            "Leave --trace out, or calibrate the bundle first.",
         )
     records = {layer: len(spans) for layer, spans in cache.spans.items()}
     sizes = {layer: max(span.nbytes for span in spans) for layer, spans in cache.spans.items()}
@@ -34,6 +41,26 @@ def recording(engine: Engine, path: Path) -> Iterator[None]:
     }
     with open_trace(path) as out:
         cache.trace = TraceWriter(out, "experts", records, sizes, **about)
+        try:
+            yield
+        finally:
+            cache.trace = None
+
+
+@contextmanager
+def _neurons(engine: Engine, cache: NeuronCache | Pinned, path: Path) -> Iterator[None]:
+    records = {layer: found.count for layer, found in engine.neuron_records.items()}
+    sizes = {layer: found.width_bytes for layer, found in engine.neuron_records.items()}
+    about = {
+        "model": engine.model.describe()["name"],
+        "policy": engine.run.neuron_policy,
+        "window": engine.run.window,
+        "wants": engine.neuron_wants,
+        "filled": isinstance(cache, Pinned),
+        "room": cache.room if isinstance(cache, NeuronCache) else records,
+    }
+    with open_trace(path) as out:
+        cache.trace = TraceWriter(out, "neurons", records, sizes, **about)
         try:
             yield
         finally:

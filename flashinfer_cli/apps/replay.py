@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..cache.policy import Belady, Lru, Policy, expert_policy
 from ..cache.trace import Demand, Trace, read_trace
-from ..config import EXPERT_POLICIES
+from ..cache.window import ByLayer, deal, policies_by_layer
+from ..config import EXPERT_POLICIES, NEURON_POLICIES, RunConfig
 from ..errors import UsageError
 
 FINE = 16  # at most so many records a layer: every number of them; above, the shares below
@@ -31,7 +32,11 @@ class Found:
     bytes_per_token: float
 
 
-def run_policy(policy: Policy, demands: Sequence[Demand], *, filled: bool = False) -> Policy:
+AnyPolicy = Policy | ByLayer
+P = TypeVar("P", bound=Policy | ByLayer)
+
+
+def run_policy(policy: P, demands: Sequence[Demand], *, filled: bool = False) -> P:
     """Put the demands through a policy, which counts; `filled` says that the run began with everything in place."""
     if filled:
         import numpy as np
@@ -43,8 +48,13 @@ def run_policy(policy: Policy, demands: Sequence[Demand], *, filled: bool = Fals
     return policy
 
 
-def as_it_ran(trace: Trace) -> Policy:
+def as_it_ran(trace: Trace) -> AnyPolicy:
     """The policy and size of the run that was recorded: the same hits and misses as it counted itself."""
+    if trace.kind == "neurons":
+        room = {int(layer): int(slots) for layer, slots in trace.about["room"].items()}
+        name = "recent" if trace.about["filled"] else trace.about["policy"]  # what is pinned never goes
+        neurons = policies_by_layer(name, trace.records, room, trace.about["window"])
+        return run_policy(neurons, trace.demands, filled=trace.about["filled"])
     policy = expert_policy(trace.about["policy"], trace.records, trace.about["slots"])
     return run_policy(policy, trace.demands, filled=trace.about.get("filled", False))
 
@@ -52,11 +62,12 @@ def as_it_ran(trace: Trace) -> Policy:
 def replay(
     file: Path,
     *,
-    policies: Sequence[str] = EXPERT_POLICIES,
+    policies: Sequence[str] = (),
     shares: Sequence[float] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run `policies` over a trace at cache sizes of these shares of all records (some of its own choosing if none).
+    """Run `policies` (all, if none) over a trace at cache sizes of these shares of all records (some of its own
+    choosing if none).
 
     Plain values only, ready for JSON. Raises UsageError where the file is no trace, or there is nothing in it.
     """
@@ -64,6 +75,7 @@ def replay(
     phase = "decode" if any(each.phase == "decode" for each in trace.demands) else "prefill"
     if not any(each.phase == phase for each in trace.demands):
         raise UsageError(f"'{file}' holds no demand.", "Record a longer run.")
+    policies = policies or (NEURON_POLICIES if trace.kind == "neurons" else EXPERT_POLICIES)
     total = sum(trace.records.values())
     sizes = [max(1, round(total * share)) for share in shares] or _sizes(trace)
     points = []
@@ -96,10 +108,7 @@ def _demanded(trace: Trace, phase: str) -> int:
 
 def _point(trace: Trace, phase: str, slots: int, policies: Sequence[str]) -> dict[str, Any]:
     total = sum(trace.records.values())
-    found = {
-        name: _found(trace, phase, run_policy(expert_policy(name, trace.records, slots), trace.demands))
-        for name in policies
-    }
+    found = {name: _found(trace, phase, run_policy(_policy(trace, name, slots), trace.demands)) for name in policies}
     plain = [(each.layer, each.chosen) for each in trace.demands]
     bound = run_policy(Belady(trace.records, slots, plain), trace.demands)
     apart = run_policy(Belady(trace.records, slots, plain, per_layer=True), trace.demands)
@@ -126,7 +135,16 @@ def _point(trace: Trace, phase: str, slots: int, policies: Sequence[str]) -> dic
     }
 
 
-def _found(trace: Trace, phase: str, policy: Policy) -> Found:
+def _policy(trace: Trace, name: str, slots: int) -> AnyPolicy:
+    """A policy by name, with room for `slots` of all records; that of neurons is dealt to the layers beforehand."""
+    if trace.kind == "experts":
+        return expert_policy(name, trace.records, slots)
+    wants = {int(layer): float(share) for layer, share in trace.about.get("wants", {}).items()}
+    room = deal(slots, trace.records, dict.fromkeys(trace.records, 1), wants)
+    return policies_by_layer(name, trace.records, room, trace.about.get("window", RunConfig.window))
+
+
+def _found(trace: Trace, phase: str, policy: AnyPolicy) -> Found:
     def ratio(name: str) -> float | None:
         asked = policy.hits(name) + policy.misses(name)
         return policy.hits(name) / asked if asked else None

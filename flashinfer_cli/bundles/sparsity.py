@@ -1,6 +1,7 @@
-"""What calibration adds to a bundle: a predictor a layer, and what was measured. Two files beside the manifest's.
+"""What calibration adds to a bundle: a predictor a layer, and what was measured. Files beside the manifest's.
 
     predictors.safetensors   layers.N.a [r, d] and layers.N.b [d_ff, r] in float16, layers.N.bias [d_ff] in float32
+    order.safetensors        N int32 [d_ff], an order in which neurons of layer N that fire together stand together
     sparsity.json            by layer rank, recall, precision, density; for the model its quality; written last
 
 sparsity.json holds the SHA-256 of the manifest it was made for, so that a bundle made anew does not run with the
@@ -18,7 +19,7 @@ from typing import Any
 from ..errors import BundleError
 from .format import MANIFEST_FILE
 
-PREDICTORS_FILE, SPARSITY_FILE = "predictors.safetensors", "sparsity.json"
+PREDICTORS_FILE, ORDER_FILE, SPARSITY_FILE = "predictors.safetensors", "order.safetensors", "sparsity.json"
 _AGAIN = "Calibrate the bundle again: genai-run calibrate BUNDLE."
 
 
@@ -34,6 +35,15 @@ class LayerSparsity:
     recall: float  # of those that fire, how many are predicted
     precision: float  # of those predicted, how many fire
     new: dict[str, float] = field(default_factory=dict)  # window of k tokens -> predicted and not in it
+
+    def working_set(self, window: int) -> float:
+        """Neurons that some of so many consecutive tokens are predicted to need."""
+        known = sorted((int(k), share) for k, share in self.new.items())
+        total = self.predicted
+        for k in range(1, window):  # each further token adds what those before it did not have
+            at_most = [share for tokens, share in known if tokens <= k]
+            total += at_most[-1] if at_most else self.predicted
+        return min(1.0, total)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ token are gathered by id.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,14 @@ from ..device import Device, allocate
 from ..report import Recorder
 from ..store.flash import FlashStore, Ticket
 from .window import NeuronPolicy
+
+
+class Tracing(Protocol):
+    """Who wants to know what is demanded, such as a TraceWriter."""
+
+    def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
+        """A token's demand of a layer: chosen int [1, k], ascending."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,22 @@ class _Layer:
         self.free = list(range(policy.capacity - 1, -1, -1))
 
 
+@dataclass
+class _Guess:
+    """Records on their way, or here, that layer `index` is thought to need next: `ids` in rows 0.. of `rows`."""
+
+    index: int
+    ids: np.ndarray
+    rows: np.ndarray
+    ticket: Ticket
+
+
 class NeuronCache:
     """Neurons of all layers that have records. `fetch` brings those that a token needs, and keeps what the policy says.
 
-    `block` neurons at most are handed out at once, so that a token that needs more than all slots hold still runs.
+    `block` neurons at most are handed out at once, so that a token that needs more than all slots hold still runs. With
+    `guesses` there is room to read ahead for one layer what it is thought to need. The policy never hears of guesses,
+    so that hits, and what stays, do not depend on them.
     """
 
     def __init__(
@@ -53,25 +74,112 @@ class NeuronCache:
         files: Mapping[int, NeuronFile],
         policies: Mapping[int, NeuronPolicy],
         block: int,
+        guesses: bool = False,
     ) -> None:
         self.store, self.device, self.recorder, self.block = store, device, recorder, block
         self.layers = {layer: _Layer(file, policies[layer]) for layer, file in files.items()}
+        self.trace: Tracing | None = None
         width = max(file.width for file in files.values())
         self._active = allocate(block * width)
+        self._staging = [allocate(block * width) for _ in range(2 * guesses)]  # one being used, one being filled
+        self._reads: list[Ticket | None] = [None] * len(self._staging)  # the last into each
+        self._guess: _Guess | None = None
 
     @property
     def nbytes(self) -> int:
-        return self._active.nbytes + sum(layer.rows.nbytes for layer in self.layers.values())
+        """All buffers: slots, and what is on its way."""
+        return (
+            self._active.nbytes
+            + sum(buffer.nbytes for buffer in self._staging)
+            + sum(layer.rows.nbytes for layer in self.layers.values())
+        )
+
+    @property
+    def room(self) -> dict[int, int]:
+        """Slots by layer."""
+        return {index: layer.policy.capacity for index, layer in self.layers.items()}
+
+    def read(self, file: NeuronFile, ids: np.ndarray, rows: np.ndarray, into: np.ndarray, urgent: bool) -> Ticket:
+        """Begin to read records `ids`, ascending, into `rows` of `into`."""
+        return self.store.read_records(file.path, file.base, file.width, ids, rows, into, "neuron", urgent=urgent)
 
     def fetch(self, index: int, ids: np.ndarray) -> Fetch:
         """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order."""
         layer = self.layers[index]
+        if self.trace is not None:
+            self.trace.demand("decode", index, ids[None])
         missing, gone = layer.policy.demand(ids)
+        self._release(layer, gone)
+        self.recorder.cache(len(ids) - len(missing), len(missing))
+        return Fetch(self, layer, ids, self._settle(index, ids))
+
+    @staticmethod
+    def _release(layer: _Layer, gone: np.ndarray) -> None:
         gone = gone[layer.slot[gone] >= 0]
         layer.free += layer.slot[gone].tolist()
         layer.slot[gone] = -1
-        self.recorder.cache(len(ids) - len(missing), len(missing))
-        return Fetch(self, layer, ids)
+
+    # ---- ahead of need
+    def guess(self, index: int, ids: np.ndarray) -> None:
+        """Layer `index` will be asked for about these next (ascending): read those that are not here, behind all else.
+
+        Of a guess larger than a block, the rest is left to the demand.
+        """
+        if not self._staging:
+            return
+        self._settle(-1, ids[:0])
+        layer = self.layers[index]
+        absent = ids[layer.slot[ids] < 0][: self.block]
+        if len(absent):
+            self._staging.reverse()
+            self._reads.reverse()
+            if self._reads[0] is not None:  # one that came out wrong may still be under way to there
+                self._reads[0].wait()
+            rows = self._staging[0][: self.block * layer.file.width].reshape(self.block, layer.file.width)
+            ticket = self.read(layer.file, absent, np.arange(len(absent)), rows, False)
+            self._reads[0] = ticket
+            self._guess = _Guess(index, absent, rows, ticket)
+
+    def settle(self) -> None:
+        """Wait for what is read ahead, so that all of it is counted."""
+        self._settle(-1, np.empty(0, np.int64))
+        for ticket in self._reads:
+            if ticket is not None:
+                ticket.wait()
+
+    def _settle(self, index: int, ids: np.ndarray) -> _Guess | None:
+        """Take the guess if it is of this layer, and count what of it was right and what was read for nothing."""
+        guess, self._guess = self._guess, None
+        if guess is None:
+            return None
+        if guess.index != index:
+            guess.ticket.wait()
+            ids = ids[:0]
+        elif not guess.ticket.ready:
+            self.store.promote(guess.ticket)
+        right = int(np.isin(guess.ids, ids, assume_unique=True).sum())
+        self.recorder.neuron_guess(len(guess.ids), right, self.layers[guess.index].file.width)
+        return guess if guess.index == index else None
+
+    # ---- a prompt
+    def warm(self, index: int, tokens: Sequence[np.ndarray]) -> None:
+        """Tokens of a prompt needed these (ascending, a token each): make room for what will be worth having."""
+        layer = self.layers[index]
+        for ids in tokens:
+            if self.trace is not None:
+                self.trace.demand("prefill", index, ids[None])
+            layer.policy.demand(ids, counted=False)
+        self._release(layer, np.flatnonzero(~layer.policy.held))
+
+    def fill(self, index: int, start: int, records: torch.Tensor) -> None:
+        """Records [start, start + n) of a layer pass by, uint8 [n, width]: keep those that the policy wants here."""
+        layer = self.layers[index]
+        here = slice(start, start + len(records))
+        wanted = np.flatnonzero(layer.policy.held[here] & (layer.slot[here] < 0))[: len(layer.free)]
+        if len(wanted):
+            taken = [layer.free.pop() for _ in wanted]
+            layer.rows[taken] = records.numpy()[wanted]
+            layer.slot[start + wanted] = taken
 
 
 class Pinned:
@@ -80,9 +188,12 @@ class Pinned:
     def __init__(self, device: Device, recorder: Recorder, block: int) -> None:
         self.device, self.recorder, self.block = device, recorder, block
         self.homes: dict[int, tuple[list[torch.Tensor], int]] = {}  # layer -> (records by slice, records a slice)
+        self.trace: Tracing | None = None
 
     def fetch(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         homes, step = self.homes[index]
+        if self.trace is not None:
+            self.trace.demand("decode", index, ids[None])
         self.recorder.cache(len(ids), 0)
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
@@ -102,21 +213,32 @@ class Fetch:
     its own behind the computation.
     """
 
-    def __init__(self, cache: NeuronCache, layer: _Layer, ids: np.ndarray) -> None:
-        self.cache, self.layer = cache, layer
+    def __init__(self, cache: NeuronCache, layer: _Layer, ids: np.ndarray, guess: _Guess | None) -> None:
+        self.cache, self.layer, self.guess = cache, layer, guess
         width = layer.file.width
         self.active = cache._active[: cache.block * width].reshape(cache.block, width)
         self.blocks = [ids[i : i + cache.block] for i in range(0, len(ids), cache.block)]
         self._ticket = self._start(self.blocks[0]) if self.blocks else None
 
+    def _guessed(self, block: np.ndarray) -> np.ndarray:
+        """bool [len(block)]: which of it a guess brings."""
+        if self.guess is None:
+            return np.zeros(len(block), bool)
+        return np.isin(block, self.guess.ids, assume_unique=True)
+
     def _start(self, block: np.ndarray) -> Ticket | None:
-        """Read what of the block is missing."""
-        file, absent = self.layer.file, np.flatnonzero(self.layer.slot[block] < 0)
+        """Read what of the block is missing and not on its way."""
+        absent = np.flatnonzero((self.layer.slot[block] < 0) & ~self._guessed(block))
         if not len(absent):
             return None
-        return self.cache.store.read_records(
-            file.path, file.base, file.width, block[absent], absent, self.active, "neuron"
-        )
+        return self.cache.read(self.layer.file, block[absent], absent, self.active, True)
+
+    def _wait(self, ticket: Ticket) -> None:
+        if not ticket.ready:
+            with self.cache.recorder.waiting():
+                ticket.wait()
+        elif ticket.error is not None:
+            ticket.wait()
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         layer, cache = self.layer, self.cache
@@ -127,12 +249,15 @@ class Fetch:
             if len(present):
                 with cache.recorder.computing():
                     self.active[present] = layer.rows[slots[present]]
+            if self.guess is not None:
+                brought = np.flatnonzero(self._guessed(block))
+                if len(brought):
+                    self._wait(self.guess.ticket)
+                    with cache.recorder.computing():
+                        where = np.searchsorted(self.guess.ids, block[brought])
+                        self.active[brought] = self.guess.rows[where]
             if ticket is not None:
-                if not ticket.ready:
-                    with cache.recorder.waiting():
-                        ticket.wait()
-                elif ticket.error is not None:
-                    ticket.wait()
+                self._wait(ticket)
             yield block, cache.device.put(torch.from_numpy(self.active[: len(block)]))
             kept = absent[layer.policy.held[block[absent]]][: len(layer.free)]
             if len(kept):

@@ -6,9 +6,13 @@ They never see a weight, and a recorded trace runs through them without a model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+
+from ..config import NEURON_POLICIES
+from ..errors import UsageError
 
 NEVER = np.iinfo(np.int64).min // 2
 
@@ -21,10 +25,11 @@ class NeuronPolicy(Protocol):
     misses: int
     held: np.ndarray  # bool [count]
 
-    def demand(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def demand(self, ids: np.ndarray, counted: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """The ids (ascending) that the next token needs -> (those that are not held, those to let go for them).
 
-        Afterwards what was missing counts as held, as far as there is room.
+        Afterwards what was missing counts as held, as far as there is room. Tokens of a prompt, which go through all
+        neurons, are not `counted`: they only say what is worth having when it ends.
         """
         ...
 
@@ -50,12 +55,13 @@ class _Ranked:
     def note(self, ids: np.ndarray) -> None:
         self.last[ids] = self.time
 
-    def demand(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def demand(self, ids: np.ndarray, counted: bool = True) -> tuple[np.ndarray, np.ndarray]:
         self.time += 1
         present = self.held[ids]
         missing = ids[~present]
-        self.hits += int(present.sum())
-        self.misses += len(missing)
+        if counted:
+            self.hits += len(ids) - len(missing)
+            self.misses += len(missing)
         self.note(ids)
         gone = self.expired()
         self.held[gone] = False
@@ -116,11 +122,64 @@ class Frequent(_Ranked):
         return self.score
 
 
-POLICIES = ("recent", "window", "frequent")
-
-
 def make_policy(name: str, count: int, capacity: int, window: int) -> NeuronPolicy:
     """A policy by name; `window` is the tokens a Window spans."""
     if name == "window":
         return Window(count, capacity, window)
     return Recent(count, capacity) if name == "recent" else Frequent(count, capacity)
+
+
+def deal(room: int, counts: Mapping[int, int], widths: Mapping[int, int], wants: Mapping[int, float]) -> dict[int, int]:
+    """Slots by layer within `room` bytes, in proportion to what each wants, none more than it has neurons.
+
+    `counts` neurons of `widths` bytes; `wants` the share of them that a window of tokens was seen to need. Where there
+    is less room than that, all shrink alike.
+    """
+    need = {layer: max(wants.get(layer, 1.0), 1e-3) * counts[layer] for layer in counts}
+
+    def slots(factor: float) -> dict[int, int]:
+        return {layer: min(counts[layer], int(factor * need[layer])) for layer in counts}
+
+    low, high = 0.0, 1.0 + max((counts[layer] / need[layer] for layer in counts), default=0.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = sum(widths[layer] * n for layer, n in slots(middle).items()) <= room
+        low, high = (middle, high) if fits else (low, middle)
+    found = slots(low)
+    left = room - sum(widths[layer] * n for layer, n in found.items())
+    for layer in sorted(counts, key=lambda layer: -need[layer]):
+        more = min(1, counts[layer] - found[layer], left // widths[layer])
+        found[layer] += more
+        left -= more * widths[layer]
+    return found
+
+
+class ByLayer:
+    """A policy for each layer, driven as the policies of experts are: for replay. Counts tokens that are decoded."""
+
+    def __init__(self, policies: Mapping[int, NeuronPolicy]) -> None:
+        self.policies = policies
+        self.records = {layer: len(policy.held) for layer, policy in policies.items()}
+
+    def demand(self, layer: int, chosen: np.ndarray, phase: str = "decode") -> None:
+        """The tokens of a pass ask a layer for ids: int [T, k] ascending, -1 for none."""
+        for row in chosen:
+            self.policies[layer].demand(row[row >= 0], counted=phase == "decode")
+
+    @property
+    def counts(self) -> dict[tuple[str, int], list[int]]:
+        """(phase, layer) -> [hits, misses]."""
+        return {("decode", layer): [policy.hits, policy.misses] for layer, policy in self.policies.items()}
+
+    def hits(self, phase: str = "decode") -> int:
+        return sum(hits for (name, _), (hits, _) in self.counts.items() if name == phase)
+
+    def misses(self, phase: str = "decode") -> int:
+        return sum(misses for (name, _), (_, misses) in self.counts.items() if name == phase)
+
+
+def policies_by_layer(name: str, records: Mapping[int, int], room: Mapping[int, int], window: int) -> ByLayer:
+    """A policy by its name, for layers of so many neurons with room for so many; UsageError for one that is none."""
+    if name not in NEURON_POLICIES:
+        raise UsageError(f"'{name}' is not a policy for neurons.", f"Policies are {', '.join(NEURON_POLICIES)}.")
+    return ByLayer({layer: make_policy(name, count, room[layer], window) for layer, count in records.items()})

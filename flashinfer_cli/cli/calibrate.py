@@ -12,10 +12,15 @@ from .. import zoo
 from ..config import RunConfig, format_size
 from .console import Console
 from .options import PROMPT, Json, Quiet
-from .running import as_json
+from .running import as_json, parse_share
 from .tables import Table
 
+MEMORY = (0.5, 0.25)  # of the FFN weights; as apps.gated has them
+HEADS = ("read", "time")
+STUDY_TOKENS = 2_048  # thresholds need no more
+
 if TYPE_CHECKING:
+    from ..apps.gated import Study
     from ..bundles.sparsity import Sparsity
 
 
@@ -38,6 +43,13 @@ def calibrate(
             help="Share of the neurons that fire which each predictor must name.",
         ),
     ] = 0.98,
+    max_ppl_increase: Annotated[
+        str,
+        typer.Option(
+            "--max-ppl-increase", metavar="SHARE", rich_help_panel=PROMPT,
+            help="Of a model without zeros (SiLU, GELU): what skipping small neurons may cost.",
+        ),
+    ] = "1%",
     memory: Annotated[
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Bound on the memory of the whole process.", show_default="auto"),
@@ -50,12 +62,28 @@ def calibrate(
     For models whose activation is ReLU or its square. The model passes once, a layer at a time; predictors and what was
     measured are written into the bundle, which then runs sparse (--exact runs it whole). Interrupted, it goes on when
     started again.
+
+    Of a gated model with another activation it is measured what skipping small neurons would cost and save, several
+    ways, and whether any of them pays; nothing is written.
     """
     console = Console(quiet)
     from ..apps.calibrate import calibrate as learn
     from ..apps.calibrate import read_text
+    from ..apps.gated import applies, study
 
     given = read_text(text if text is not None else zoo.HELD_OUT)
+    most = parse_share(max_ppl_increase, "--max-ppl-increase")
+    if applies(bundle):
+        studied = study(
+            bundle, given, replace(RunConfig(), memory=memory), tokens=min(tokens, STUDY_TOKENS), max_increase=most,
+            progress=console.progress,
+        )  # fmt: skip
+        console.clear()
+        if json:
+            console.answer(as_json(studied.to_dict()))
+        else:
+            console.show([study_table(studied)])
+        return
     found = learn(
         bundle, given, replace(RunConfig(), memory=memory), tokens=tokens, recall=recall, progress=console.progress
     )
@@ -90,3 +118,35 @@ def table(found: Sparsity) -> Table:
         notes.append(f"Thin spots, below 95% recall: layer {', '.join(thin)}.")
     columns = ("layer", "silent", "recall", "precision", "predicted", "over", "new in 4", "rank", "bytes")
     return Table(f"Calibrated on {found.tokens:,} tokens", columns, rows, tuple(notes))
+
+
+def study_table(found: Study) -> Table:
+    """A row a way of skipping: what it costs, what it reads, and in the notes whether it pays."""
+    rows = []
+    for way in found.ways:
+        cells = [way.kind, f"{way.kept:.0%}", f"{way.perplexity:.3f}", f"{way.perplexity / found.perplexity - 1:+.1%}"]
+        for share in MEMORY:
+            read, seconds = way.bytes(share), found.seconds(way, share)
+            cells += ["–", "–"] if read is None or seconds is None else [f"{read:.0%}", f"{1e3 * seconds:.0f} ms"]
+        rows.append(tuple(cells))
+    notes = [
+        f"Perplexity {found.perplexity:.3f} with all neurons. Of the FFN ({format_size(found.ffn_bytes)}) so much is "
+        f"read a token, in so much time: single neurons at {found.record_rate / 1e9:.2f} GB/s, plain streaming at "
+        f"{found.slice_rate / 1e9:.2f} GB/s."
+    ]
+    for share in MEMORY:
+        plain = 1e3 * (found.seconds(None, share) or 0.0)
+        where = f"With {share:.0%} of it in memory plain streaming reads {1 - share:.0%} in {plain:.0f} ms"
+        if share in found.best:
+            kind, density = found.best[share]
+            way = next(each for each in found.ways if (each.kind, each.density) == (kind, density))
+            seconds = 1e3 * (found.seconds(way, share) or 0.0)
+            notes.append(
+                f"{where}; {kind} at {density:.0%} would take {seconds:.0f} ms within +{found.max_increase:.0%}. "
+                "Runs do not do this yet: the model stays exact."
+            )
+        else:
+            notes.append(f"{where}; no way within +{found.max_increase:.0%} is faster: none pays, stream it plainly.")
+    notes.append("bundle --quantize int8 halves what is read, for models of any activation.")
+    columns = ("neurons by", "kept", "perplexity", "change", *(f"{what} at {m:.0%}" for m in MEMORY for what in HEADS))
+    return Table("What skipping neurons would cost and save", columns, rows, tuple(notes))

@@ -173,6 +173,14 @@ class RunOptions:
             "--window", min=1, metavar="TOKENS", rich_help_panel=MEMORY, help="Tokens that the policy window spans."
         ),
     ] = RunConfig.window
+    prefetch_neurons: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch-neurons",
+            rich_help_panel=MEMORY,
+            help="Read ahead which neurons the next layer will need, as guessed from this layer's input.",
+        ),
+    ] = RunConfig.prefetch_neurons
     expert_policy: Annotated[
         Literal["lfu", "stale", "lru", "lru-layer", "pinned", "none"],
         typer.Option(

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import EXPERT_POLICIES, format_size
-from ..errors import UsageError
+from ..config import EXPERT_POLICIES, NEURON_POLICIES, format_size
 from .console import Console
 from .options import MEMORY, OUTPUT, Json, Quiet
-from .running import as_json, check_writable, write_file
+from .running import as_json, check_writable, parse_share, write_file
 from .tables import Table
 
 MOST_GUESSES = 8  # columns of the table of recalls
@@ -26,7 +25,8 @@ def replay(
             "--policy",
             metavar="NAME",
             rich_help_panel=MEMORY,
-            help=f"Of {', '.join(EXPERT_POLICIES)}; may be repeated.",
+            help=f"For experts {', '.join(EXPERT_POLICIES)}; for neurons {', '.join(NEURON_POLICIES)}. "
+            "May be repeated.",
             show_default="all",
         ),
     ] = None,
@@ -54,12 +54,12 @@ def replay(
     """
     console = Console(quiet)
     check_writable(html)
-    shares = [_share(text) for text in at or ()]
+    shares = [parse_share(text, "--at") for text in at or ()]
     from ..apps.replay import replay as run
 
     found = run(
         file,
-        policies=tuple(dict.fromkeys(policy or EXPERT_POLICIES)),
+        policies=tuple(dict.fromkeys(policy or ())),
         shares=shares,
         progress=lambda done, total: console.progress(done, total, "replaying"),
     )
@@ -72,16 +72,6 @@ def replay(
         console.answer(as_json(found))
     else:
         console.show(replay_tables(found))
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise UsageError(f"--at {text} is not a share of the records.", "Write 25% or 0.25.")
-    return value
 
 
 def replay_tables(found: Mapping[str, Any]) -> list[Table]:

@@ -177,3 +177,14 @@ def write_file(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise UsageError(f"'{path}' cannot be written: {error.strerror}.") from None
+
+
+def parse_share(text: str, option: str) -> float:
+    """25% or 0.25 as a number above 0, at most 1; UsageError for anything else."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise UsageError(f"{option} {text} is not a share.", "Write 25% or 0.25.")
+    return value

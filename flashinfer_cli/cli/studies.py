@@ -87,7 +87,7 @@ def profile(
             "--trace",
             metavar="FILE",
             rich_help_panel=OUTPUT,
-            help="Write which experts every token asked for, for replay; .gz compresses.",
+            help="Write which experts or neurons every token asked for, for replay; .gz compresses.",
         ),
     ] = None,
     quiet: Quiet = False,
@@ -218,6 +218,14 @@ def bundle(
             help="search for the scales that lose least, or round to nearest (faster, and worse).",
         ),
     ] = "search",
+    order: Annotated[
+        Literal["source", "coactivation"],
+        typer.Option(
+            "--order",
+            rich_help_panel=OUTPUT,
+            help="Of neurons: the model's own, or what fires together side by side (MODEL is a calibrated bundle).",
+        ),
+    ] = "source",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show the files, their sizes and the free space only."),
@@ -252,6 +260,14 @@ def bundle(
         _verify(Path(model) if out is None else out, console)
         return
     assert out is not None
+    if order == "coactivation":
+        if asked or rounding != "search" or dtype != "auto" or dry_run:
+            raise UsageError(
+                "--order coactivation moves the neurons of a bundle that is calibrated; it changes nothing else.",
+                "First bundle, then calibrate, then order.",
+            )
+        _reorder(Path(model), out, overwrite, console)
+        return
     from ..apps.bundling import bundle as make
     from ..apps.bundling import dry_run as plan_it
 
@@ -287,6 +303,16 @@ def bundle(
         revision=revision,
         notify=console.note,
         progress=progress,
+    )
+    console.clear()
+    console.answer(f"{made}\n")
+
+
+def _reorder(bundle: Path, out: Path, overwrite: bool, console: Console) -> None:
+    from ..bundles.reorder import reorder
+
+    made = reorder(
+        bundle, out, overwrite=overwrite, progress=lambda done, total, file: console.progress(done, total, "ordering")
     )
     console.clear()
     console.answer(f"{made}\n")

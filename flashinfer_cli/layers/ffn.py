@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 
 from ..cache.neurons import NeuronCache, Pinned
 from ..kernels.activations import ACTIVATIONS
 from .demand import Demand
 from .linear import Linear, RowSlice, Runtime
+
+WARM_TOKENS = 32  # of a prompt, the last: what they would have asked for is in the slots when it ends
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,37 @@ class RecordFfn:
     up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None  # float32 [d]
 
-    def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
-        """x [T, d] -> [T, d]."""
+    def __call__(
+        self, x: torch.Tensor, rt: Runtime, passing: Callable[[int, torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
+        """x [T, d] -> [T, d]. `passing` is shown every run of records: its first neuron, and uint8 [n, width]."""
         out = torch.zeros_like(x)
         for part in self.parts:
             rows = slice(part.start, part.start + part.rows)
             gate_bias = None if self.gate_bias is None else self.gate_bias[rows]
             bias = gate_bias, None if self.up_bias is None else self.up_bias[rows]
             with rt.feed.use(part.slice) as data, rt.recorder.computing():
-                rt.kernels.ffn_records(x, data.view(part.rows, -1), self.format, self.gated, self.act, bias, out)
+                records = data.view(part.rows, -1)
+                rt.kernels.ffn_records(x, records, self.format, self.gated, self.act, bias, out)
+                if passing is not None:
+                    passing(part.start, records)
         return out if self.down_bias is None else out.add_(self.down_bias)
+
+
+@dataclass(frozen=True)
+class NextLayer:
+    """The layer behind, guessed from this one's input: its norm is put in the place of ours, its own FFN's demand
+    asked."""
+
+    layer: int
+    demand: Demand
+    scale: torch.Tensor  # float32 [d]
+    shift: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> np.ndarray:
+        """x [1, d], the input of this layer's FFN -> ids."""
+        x = x * self.scale
+        return self.demand(x if self.shift is None else x + self.shift)
 
 
 @dataclass(frozen=True)
@@ -65,7 +91,8 @@ class SparseFfn:
 
     A prompt goes through all neurons (`dense`), since the union over its tokens would be most of them anyway; what
     follows is computed token by token, each on its own neurons in the order of their ids, so that neither the cache nor
-    its policy nor the number of tokens in a pass changes a bit of the result.
+    its policy nor the number of tokens in a pass changes a bit of the result. What the last tokens of a prompt would
+    have asked for is kept as it passes by.
     """
 
     layer: int
@@ -73,23 +100,37 @@ class SparseFfn:
     demand: Demand
     cache: NeuronCache | Pinned
     count: int  # neurons of the layer
+    behind: NextLayer | None = None  # whose neurons are read ahead of need
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]."""
         dense = self.dense
         if not rt.mode.decoding:
             rt.feed.demand([part.slice for part in dense.parts])
-            return dense(x, rt)
+            return dense(x, rt, self._warm(x, rt))
         out = torch.zeros_like(x)
         for row in range(len(x)):
             one, into = x[row : row + 1], out[row : row + 1]
             with rt.recorder.computing():
                 ids = self.demand(one)
             rt.recorder.neurons(self.layer, len(ids), self.count)
-            for block, records in self.cache.fetch(self.layer, ids):
+            fetch = self.cache.fetch(self.layer, ids)
+            if self.behind is not None and isinstance(self.cache, NeuronCache) and len(x) == 1:
+                with rt.recorder.computing():
+                    guessed = self.behind(one)
+                self.cache.guess(self.behind.layer, guessed)
+            for block, records in fetch:
                 with rt.recorder.computing():
                     where = torch.from_numpy(block).to(x.device)
                     gate_bias = None if dense.gate_bias is None else dense.gate_bias[where]
                     bias = gate_bias, None if dense.up_bias is None else dense.up_bias[where]
                     rt.kernels.ffn_records(one, records, dense.format, dense.gated, dense.act, bias, into)
         return out if dense.down_bias is None else out.add_(dense.down_bias)
+
+    def _warm(self, x: torch.Tensor, rt: Runtime) -> Callable[[int, torch.Tensor], None] | None:
+        """Tell the cache what the prompt's last tokens need; what takes the records that pass by."""
+        if not isinstance(self.cache, NeuronCache) or not self.cache.device.is_host:
+            return None
+        with rt.recorder.computing():
+            self.cache.warm(self.layer, [self.demand(one) for one in x[-WARM_TOKENS:].split(1)])
+        return partial(self.cache.fill, self.layer)

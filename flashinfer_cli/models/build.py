@@ -11,7 +11,7 @@ import torch
 from ..cache.experts import ExpertCache
 from ..cache.neurons import NeuronCache, NeuronFile, Pinned
 from ..cache.policy import expert_policy
-from ..cache.window import make_policy
+from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
 from ..config import NEURON_BLOCK, ModelConfig, RunConfig
 from ..device import Device
@@ -19,7 +19,7 @@ from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
 from ..layers.demand import Demand
 from ..layers.embedding import Embedding
-from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
+from ..layers.ffn import DenseFfn, NextLayer, RecordFfn, SparseFfn
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
 from ..layers.moe import Ahead, CacheBias, FirstGuess, MoeFfn, rescale
@@ -85,23 +85,26 @@ class Builder:
         return Linear(matrix.parts, matrix.format, matrix.rows, matrix.cols, self._get(layer, f"{role}.bias"))
 
     # ---- neurons
-    def use_neurons(self, predictors: Mapping[int, Demand], policy: str, window: int) -> None:
-        """Make slots for the neurons of the layers that have predictors, in proportion to their records."""
+    def use_neurons(
+        self, predictors: Mapping[int, Demand], wants: Mapping[int, float], policy: str, window: int, guesses: bool
+    ) -> None:
+        """Make slots for the neurons of the layers that have predictors, by the share of them that each wants."""
         self.predictors = predictors
         sparse = {i: layer for i, layer in enumerate(self.layout.layers) if layer.sparse}
         if all(part.slice.home is not None for layer in sparse.values() for part in layer.record_parts):
             self.neurons = Pinned(self.device, self.rt.recorder, NEURON_BLOCK)
             return
-        whole = sum(layer.neuron_bytes for layer in sparse.values())
+        counts = {i: layer.records.count for i, layer in sparse.items() if layer.records is not None}
+        widths = {i: layer.records.width_bytes for i, layer in sparse.items() if layer.records is not None}
+        room = deal(self.plan.neuron_bytes, counts, widths, wants)
         files, policies = {}, {}
         for index, layer in sparse.items():
             records, place = layer.records, layer.records_base
             assert records is not None and place is not None
             files[index] = NeuronFile(place[0], place[1], records.count, records.width_bytes)
-            share = self.plan.neuron_bytes * layer.neuron_bytes // whole
-            policies[index] = make_policy(policy, records.count, share // records.width_bytes, window)
+            policies[index] = make_policy(policy, records.count, room[index], window)
         rt = self.rt
-        self.neurons = NeuronCache(rt.feed.store, self.device, rt.recorder, files, policies, NEURON_BLOCK)
+        self.neurons = NeuronCache(rt.feed.store, self.device, rt.recorder, files, policies, NEURON_BLOCK, guesses)
 
     # ---- layers
     def _attention(self, index: int, layer: LayerLayout) -> Attention:
@@ -167,8 +170,21 @@ class Builder:
                     part.slice.home.view(part.rows, -1) for part in layer.record_parts if part.slice.home is not None
                 ]
                 self.neurons.homes[index] = (homes, layer.record_parts[0].rows)
-            return SparseFfn(index, dense, self.predictors[index], self.neurons, layer.records.count)
+            return SparseFfn(
+                index, dense, self.predictors[index], self.neurons, layer.records.count, self._behind(index)
+            )
         return self._dense(index, layer, "")
+
+    def _behind(self, index: int) -> NextLayer | None:
+        """The next layer that has a predictor, for guesses of its neurons; one norm must turn into the other."""
+        layer = min((i for i in self.predictors if i > index), default=-1)
+        now, then = self._norm(index, "ffn_norm"), self._norm(layer, "ffn_norm")
+        if now is None or then is None or now.weight is None or then.weight is None:
+            return None
+        scale, shift = rescale(now.weight, then.weight), None
+        if now.bias is not None and then.bias is not None:
+            shift = then.bias - now.bias * scale
+        return NextLayer(layer, self.predictors[layer], scale, shift)
 
     def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
         """The routers of the layers behind one whose FFN has this norm, for guesses of their experts."""
@@ -236,8 +252,10 @@ class Builder:
             slices=tuple(layer.slices) if layer.on_demand else (),
         )
 
-    def build(self, run: RunConfig, predictors: Mapping[int, Demand] | None = None) -> Decoder:
-        """Pin what stays, make the caches, and assemble."""
+    def build(
+        self, run: RunConfig, predictors: Mapping[int, Demand] | None = None, wants: Mapping[int, float] | None = None
+    ) -> Decoder:
+        """Pin what stays, make the caches, and assemble. `wants` is the share of its neurons that a layer needs."""
         layout, plan, rt = self.layout, self.plan, self.rt
         body = layout.body
         ordered = [*body, *layout.head.slices]
@@ -265,7 +283,7 @@ class Builder:
             if plan.everything_fits:
                 self.experts.fill()
         if predictors:
-            self.use_neurons(predictors, run.neuron_policy, run.window)
+            self.use_neurons(predictors, wants or {}, run.neuron_policy, run.window, run.prefetch_neurons)
         config = self.config
         projections = {role: self._linear(-1, role, matrix) for role, matrix in layout.model.items()}
         embed_info = self.tensors[layout.embed_tensor]

@@ -225,7 +225,7 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
         neurons=sum(layer.neuron_bytes for layer in layout.layers),
         neuron_block=max(
             (
-                NEURON_BLOCK * layer.records.width_bytes
+                (3 if run.prefetch_neurons else 1) * NEURON_BLOCK * layer.records.width_bytes
                 for layer in layout.layers
                 if layer.sparse and layer.records is not None
             ),

@@ -254,6 +254,7 @@ class FlashStore:
             with self._state:  # taken once a request: to end the one before and fetch the next
                 if request is not None:
                     ended = self._finish(request[0], error)
+                    request = None  # an idle thread must not keep the buffer alive
                 while ended is None and not self._queue and not self._closed:
                     self._state.wait()
                 request = self._queue.popleft() if self._queue else None
@@ -320,14 +321,23 @@ class FlashStore:
 
     # ---- records
     def read_records(
-        self, path: Path, base: int, width: int, ids: np.ndarray, slots: np.ndarray, buffer: np.ndarray, kind: str
+        self,
+        path: Path,
+        base: int,
+        width: int,
+        ids: np.ndarray,
+        slots: np.ndarray,
+        buffer: np.ndarray,
+        kind: str,
+        *,
+        urgent: bool = True,
     ) -> Ticket:
         """Read records `ids`, ascending, `width` bytes each, from `base` on in a file into rows `slots` of `buffer`.
 
         buffer uint8 [rows, width]. Records whose neighbours are wanted too come in one read, scattered to their slots;
         so do those a small gap apart, the gap going to a place of its own. Reads are dealt to the threads in batches,
         each of which goes through its own without asking for more: at the sizes of neurons that is what keeps many in
-        flight. `base` and `width` are multiples of SECTOR.
+        flight. `base` and `width` are multiples of SECTOR. What is `urgent` goes before all that is queued.
         """
         gap = max(0, GAP_BYTES // width)
         breaks = np.flatnonzero(np.diff(ids) > gap + 1) + 1
@@ -355,7 +365,11 @@ class FlashStore:
         ticket._left = len(batches)
         with self._state:
             assert not self._closed, "read after close"
-            self._queue.extendleft((ticket, path, batch, None) for batch in reversed(batches))
+            requests: list[_Request] = [(ticket, path, batch, None) for batch in batches]
+            if urgent:
+                self._queue.extendleft(reversed(requests))
+            else:
+                self._queue.extend(requests)
             self._state.notify(len(batches))
         return ticket
 

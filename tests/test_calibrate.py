@@ -1,0 +1,155 @@
+"""Calibration: killed and resumed, what it refuses, and what it says of models without zeros."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashinfer_cli as fc
+from flashinfer_cli import zoo
+from flashinfer_cli.apps import calibrate as app
+from flashinfer_cli.apps import gated
+from flashinfer_cli.bundles.sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE
+from flashinfer_cli.config import RunConfig
+from flashinfer_cli.errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
+from flashinfer_cli.training import data
+from flashinfer_cli.training.export import write_folder
+from flashinfer_cli.training.model import Decoder
+from flashinfer_cli.training.shape import Shape
+
+WORDS = ["a cat sat on a mat", "the dog ran to the log", "who saw what the cat did"]
+TEXT = " ".join(f"{WORDS[i * 7 % 3]} {i % 13}" for i in range(200))
+OPTIONS = {"tokens": 1000, "evaluate_tokens": 200}
+
+
+def make(folder: Path, act: str) -> Path:
+    torch.manual_seed(1)
+    shape = Shape(
+        vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        hidden_act=act,
+    )  # fmt: skip
+    model = Decoder(shape)
+    (folder / "m").mkdir(parents=True)
+    write_folder(model, data.train_tokenizer(WORDS, 300), folder / "m")
+    return fc.bundle(folder / "m", folder / "b")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("relu"), "relu")
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "b"))
+
+
+def stop_at(layer: int):
+    def progress(done: int, total: int, what: str) -> None:
+        if what.startswith("calibrating") and done == layer:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_killed_run_goes_on_and_ends_alike(bundle, copy, monkeypatch):
+    whole = Path(shutil.copytree(bundle, copy.with_name("whole")))
+    app.calibrate(whole, TEXT, RunConfig(), **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        app.calibrate(copy, TEXT, RunConfig(), **OPTIONS, progress=stop_at(2))
+    assert not (copy / SPARSITY_FILE).exists() and not (copy / PREDICTORS_FILE).exists()
+    with fc.load(copy, context=16) as engine:
+        assert engine.exactness == "exact"  # half a calibration is none
+    fitted, real = [], app._fit
+    monkeypatch.setattr(app, "_fit", lambda layer, *rest: fitted.append(layer) or real(layer, *rest))
+    app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
+    assert fitted == [2]
+    for name in (PREDICTORS_FILE, ORDER_FILE, SPARSITY_FILE):
+        assert (copy / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(path.name for path in copy.parent.iterdir()) == ["b", "whole"]
+    with fc.load(copy, context=16) as engine:
+        assert engine.exactness == "sparse"
+    fitted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        app.calibrate(copy, TEXT, RunConfig(), **OPTIONS, progress=stop_at(2))
+    with pytest.raises(KeyboardInterrupt):  # another text: nothing of the run before serves
+        app.calibrate(copy, "cat " + TEXT, RunConfig(), **OPTIONS, progress=stop_at(2))
+    assert fitted == [0, 1, 0, 1]
+
+
+def test_a_kill_while_it_is_measured_leaves_no_made_up_quality(copy):
+    def progress(done: int, total: int, what: str) -> None:
+        if what.startswith("measuring"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        app.calibrate(copy, TEXT, RunConfig(), **OPTIONS, progress=progress)
+    assert not (copy / SPARSITY_FILE).exists()
+
+
+def test_what_it_refuses(copy, tmp_path):
+    with pytest.raises(UsageError, match="tokens; calibration needs 1,200"):
+        app.calibrate(copy, "A cat. " * 20, RunConfig(), **OPTIONS)
+    with pytest.raises(UsageError, match="no bundle"):
+        app.calibrate(make(tmp_path / "x", "relu").parent / "m", TEXT, RunConfig(), **OPTIONS)
+    with pytest.raises(BudgetError, match="too small"):
+        app.calibrate(copy, TEXT, RunConfig(memory="20MiB"), **OPTIONS)
+    (tmp_path / "t").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        app.read_text(tmp_path / "t")
+    with pytest.raises(UsageError, match="Cannot read"):
+        app.read_text(tmp_path / "none")
+    shutil.copy(zoo.path_of("stories-relu") / "tokenizer.json", copy)
+    manifest = json.loads((copy / "bundle.json").read_text())
+    manifest["files"].pop("tokenizer.json")
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(TokenizerError, match="another model's"):
+        app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
+    assert not (copy / SPARSITY_FILE).exists()
+
+
+def test_a_bundle_that_changed_since_is_refused(copy):
+    app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
+    text = (copy / "bundle.json").read_text()
+    (copy / "bundle.json").write_text(text + "\n")
+    with pytest.raises(BundleError, match="changed since it was calibrated"):
+        fc.load(copy, context=16)
+    app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)  # as the hint says
+    with fc.load(copy, context=16) as engine:
+        assert engine.exactness == "sparse"
+
+
+# ------------------------------------------------------------------ models without zeros
+
+
+def test_silu_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="leaves no neuron at zero"):
+        app.calibrate(make(tmp_path, "silu"), TEXT, RunConfig(), **OPTIONS)
+
+
+def test_the_study_of_a_gated_model(tmp_path):
+    """Matrices or records, the same figures; dense is what the engine says; what must hold of any model holds."""
+    out = make(tmp_path, "silu")
+    found, other = (
+        gated.study(path, TEXT, RunConfig(), tokens=600, test_tokens=100) for path in (out, out.parent / "m")
+    )
+    assert [vars(way) for way in found.ways] == [vars(way) for way in other.ways]
+    with fc.load(out, context=512) as engine:
+        ids = engine.tokenizer.encode(TEXT)[600:700]
+        lp = engine.logits(ids).log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])
+    assert found.perplexity == pytest.approx(float((-lp.mean()).exp()), rel=1e-4)
+    ways = {(way.kind, way.density): way for way in found.ways}
+    for (kind, density), way in ways.items():
+        assert way.kept == pytest.approx(density, abs=0.12)
+        assert way.bytes(0.25) is None or way.bytes(0.25) >= way.bytes(0.5)
+        assert (way.bytes(0.5) is None) == (kind == "product") and (kind != "gate" or way.bytes(0.25) is None)
+    assert ways["static", 0.5].misses[0.5] < 0.1 < ways["shadow", 0.5].misses[0.5]
+    quick = gated.replace(found, record_rate=1e12, slice_rate=1.0)
+    slow = gated.replace(found, record_rate=1.0, slice_rate=1e12)
+    assert gated._best(gated.replace(quick, max_increase=10.0))
+    assert all(ways[way].bytes(share) == 0 for share, way in gated._best(slow).items())
+    assert not gated._best(gated.replace(quick, max_increase=-0.99))
