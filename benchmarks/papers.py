@@ -11,6 +11,7 @@ import sys
 # name: (module, what it shows, where it was published)
 FIGURES: dict[str, tuple[str, str, str]] = {
     "experts": ("experts", "what an expert cache and guesses ahead find and earn", "2312.17238"),
+    "speculative": ("speculative", "what drafts bring where weights stream", "2211.17192"),
 }
 
 
