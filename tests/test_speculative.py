@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from tiny_models import make
 
 import flashinfer_cli as fc
 from flashinfer_cli.config import SamplingParams
-from flashinfer_cli.decoding.drafts import ModelDraft, NGramDraft
+from flashinfer_cli.decoding.drafts import ModelDraft, NGramDraft, SelfDraft
+from flashinfer_cli.decoding.generate import _tokens
 from flashinfer_cli.decoding.sampling import make_sampler
 from flashinfer_cli.decoding.speculative import (
     Costs,
@@ -26,7 +30,9 @@ from flashinfer_cli.training.export import write_folder
 from flashinfer_cli.training.model import Decoder
 from flashinfer_cli.training.shape import Shape
 
-V, DRAWS = 6, 20_000
+V = 6
+DRAWS = int(os.environ.get("SPECULATIVE_DRAWS", "4000"))  # the statistics were also run with 100,000
+LOOSE = math.sqrt(20_000 / DRAWS)
 
 # ------------------------------------------------------------------ the distribution
 
@@ -104,13 +110,85 @@ SETTINGS = (
 @pytest.mark.parametrize("params", SETTINGS, ids=["T=1", "T=0.7", "top-k", "top-p"])
 def test_the_distribution_is_the_targets(params, how):
     chi, variation = distance(Table(1, 0.8), params, how)
-    assert chi < 2.2 and variation < 0.02
+    assert chi < 2.2 and variation < 0.02 * LOOSE
 
 
 @pytest.mark.parametrize("how", ["argmax", "no temperature", "re-seeded"])
 def test_wrong_ways_are_found_out(how):
     chi, variation = distance(Table(1, 0.8), SETTINGS[1], how)
-    assert chi > 5 and variation > 0.02
+    assert chi > 3 and variation > 0.02 * LOOSE
+
+
+class TableSession:
+    """What the loop of decoding asks of a session, and what a draft asks of a model, answered from a table."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table, self.ids, self.kv = table, [], self
+        self.capacity, self.keys, self.rt, self.head = 10_000, [torch.zeros(1)], self, self
+        self.mode, self.is_here = SimpleNamespace(decoding=False, here=False), True
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def verify(self, tokens, logits="all", *, more=False) -> torch.Tensor:
+        self.ids += tokens
+        return self.table[list(tokens)][0 if logits == "all" else -1 :]
+
+    def prefill(self, ids, *, more=False, progress=None) -> torch.Tensor:
+        return self.verify(list(ids), "last")[-1]
+
+    def forward(self, last: torch.Tensor, kv: TableSession) -> torch.Tensor:
+        """The same sequence, another model: what a draft from within is."""
+        assert self.mode.here
+        return self.table[kv.take(int(last))][None]
+
+    def take(self, token: int) -> int:
+        self.ids.append(token)
+        return token
+
+    def trim(self, length: int) -> None:
+        del self.ids[length:]
+
+    def emitted(self, tokens: int) -> None:
+        return
+
+
+SEQUENCE = 40
+
+
+@pytest.mark.parametrize("kind", ["model", "self", "ngram"])
+@pytest.mark.parametrize("params", SETTINGS, ids=["T=1", "T=0.7", "top-k", "top-p"])
+def test_every_draft_leaves_the_distribution(kind, params):
+    """Whole sequences by the loop of decoding and the drafts as they are: each step from token to token is counted."""
+    table, params = Table(2, 0.8), params.resolved({})
+    sampler, generator = make_sampler(params), torch.Generator().manual_seed(21)
+    counts = torch.zeros(V, V)
+    speculator = None
+    for _ in range(DRAWS // SEQUENCE):
+        session = TableSession(table.target)
+        draft = {
+            "model": lambda: ModelDraft(TableSession(table.draft), V, lambda: None),
+            "self": lambda at=session: SelfDraft(TableSession(table.draft), at, V),
+            "ngram": NGramDraft,
+        }[kind]()
+        speculator = Speculator(draft, kind, fixed=3) if speculator is None else speculator
+        speculator.draft = draft
+        made = [0, *_tokens(session, [0], SEQUENCE, sampler, generator, speculator, False, None)]
+        assert len(made) == SEQUENCE + 1
+        for a, b in pairwise(made):
+            counts[a, b] += 1
+    p = torch.stack([sampler.probs(row) for row in table.target])
+    expected = counts.sum(1, keepdim=True) * p
+    enough = expected > 5
+    assert not counts[p == 0].any()
+    chi = ((counts - expected)[enough].square() / expected[enough]).sum() / int((enough.sum(1) - 1).clamp(min=0).sum())
+    variation = float((counts - expected).abs().sum() / 2 / counts.sum())
+    assert float(chi) < 2.2 and variation < 0.02 * LOOSE
+    said = speculator.report()
+    assert said["accepted"] > 0 and said["accepted"] < said["drafted"]
+    if kind != "ngram":  # whose luck is not independent from token to token
+        assert said["tokens_per_pass"] == pytest.approx(said["expected_tokens_per_pass"], rel=0.05)
 
 
 def test_an_equal_draft_always_stands():
@@ -137,11 +215,14 @@ def test_greedy_is_argmax_on_both():
 
 @pytest.mark.parametrize(
     ("acceptance", "drafted", "cost", "speedup"),
-    [(0.75, 7, 0.02, 3.2), (0.62, 7, 0.02, 2.3), (0.65, 5, 0.02, 2.4), (0.53, 5, 0.02, 1.9)],
-)
+    [(0.75, 7, 0.02, 3.2), (0.80, 7, 0.04, 3.3), (0.82, 7, 0.11, 2.5), (0.62, 7, 0.02, 2.3), (0.68, 5, 0.04, 2.4),
+     (0.71, 3, 0.11, 2.0), (0.65, 5, 0.02, 2.4), (0.73, 5, 0.04, 2.6), (0.74, 3, 0.11, 2.0), (0.53, 5, 0.02, 1.9),
+     (0.55, 3, 0.04, 1.8), (0.56, 3, 0.11, 1.6)],
+)  # fmt: skip
 def test_the_papers_speedups(acceptance, drafted, cost, speedup):
-    """Table 2 of 2211.17192, T5-XXL with a draft of 77M; its figures are rounded down in places."""
-    assert expected_speedup(acceptance, drafted, cost) == pytest.approx(speedup, abs=0.11)
+    """2211.17192, T5-XXL with drafts of 77M, 250M and 800M: En-De and CNN/DM, T=0 and T=1; alpha has two digits."""
+    least, most = (expected_speedup(acceptance + e, drafted, cost) for e in (-0.005, 0.005))
+    assert least - 0.06 < speedup < most + 0.06
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
