@@ -6,6 +6,7 @@
     code   --target with --draft on the beginnings of programs
     edit   --target with the text itself as draft (ngram), on a program to be written again with small changes
     mixed  ten prompts of all kinds, `auto`: with --draft, and with ngram
+    window stories-relu: where the window of neurons should end behind a run that was checked, replayed
     moe    stories-moe with half of its experts in memory: drafts by stories-draft, by what is resident, by the text
 
 `speedup` is decoding (all tokens behind the first) against decoding without drafts under the same cap, prompt by
@@ -19,6 +20,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import cgroup, machine
@@ -99,7 +101,8 @@ def compare(
 
 def show(row: dict[str, Any]) -> None:
     said = row["speculation"]
-    worst = f", worst prompt {min(row['speedups']):.2f}x" if len(row["speedups"]) > 1 else ""
+    each = sorted(row["speedups"])
+    worst = f", prompts {each[0]:.2f} / {median(each):.2f} / {each[-1]:.2f}x" if len(each) > 1 else ""
     print(
         f"{row['case']:6} {row['model']} + {row['draft']} ({row['speculate']}): {row['plain_tok_s']:.2f} -> "
         f"{row['tok_s']:.2f} tok/s, {row['speedup']:.2f}x{worst}; {said['acceptance']:.0%} of the drafted stand, "
@@ -125,6 +128,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     rows = []
     for case in given.cases or ["zoo"]:
+        if case == "window":
+            from . import speculative_window
+
+            rows += speculative_window.run(given.tokens, given.prompts)
+            continue
         if case in ("zoo", "moe"):
             from . import speculative_zoo
 
