@@ -369,6 +369,27 @@ def test_stops_inside_an_accepted_run(pair):
         assert got == want[:most]
 
 
+def test_a_session_goes_on_as_after_plain_decoding(pair):
+    """Stopped inside a run and continued; and a conversation of two turns, by a model and by the text as drafts."""
+    big, small = pair
+    (big / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    found = []
+    for options in ({}, {"draft": str(small), "speculate": "8"}, {"draft": "ngram"}, {"draft": "self"}):
+        with fc.load(big, context=400, **options) as engine:
+            session = engine.session()
+            events = engine.continue_session(session, [5, 6, 7], params)
+            first = [next(events).token_id for _ in range(9)]
+            events.close()
+            held = list(session.ids)
+            assert session.kv.length == len(held)
+            then = [event.token_id for event in engine.continue_session(session, first[-1:], params)]
+            talk = engine.chat()
+            turns = ["".join(e.text for e in talk.send(words, params)) for words in ("the cat", "and the dog")]
+            found.append((first, held, then, turns))
+    assert found[0] == found[1] == found[2] == found[3] and len(found[0][1]) == 11
+
+
 def test_the_end_of_the_context(pair):
     big, small = pair
     params = SamplingParams(max_tokens=500, temperature=0.0, ignore_eos=True)

@@ -240,5 +240,10 @@ def _tokens(
         session.trim(len(context) + kept)
         session.emitted(kept + 1)
         speculator.note(len(drafted), kept, drafted_in, seconds)
-        yield from (*drafted[:kept], token)
+        for index, one in enumerate((*drafted[:kept], token)):
+            try:
+                yield one
+            except GeneratorExit:  # stopped inside a run: what stands behind was never said
+                session.trim(len(context) + index)
+                raise
         made += kept + 1
