@@ -13,6 +13,7 @@ import torch
 from tiny_models import make
 
 import flashinfer_cli as fc
+from flashinfer_cli.cli.report_tables import report_tables
 from flashinfer_cli.config import SamplingParams
 from flashinfer_cli.decoding.drafts import ModelDraft, NGramDraft, SelfDraft
 from flashinfer_cli.decoding.generate import _tokens
@@ -421,4 +422,8 @@ def test_the_account_adds_up(pair):
     said = report.speculation
     assert sum(said["lengths"]) == said["drafted"] and len(said["lengths"]) == said["passes"]
     assert said["accepted"] + said["passes"] == 29 and 0 <= said["acceptance"] <= 1
+    drafts = next(table for table in report_tables(report.to_dict()) if table.title == "Drafts")
+    shown = dict(drafts.rows)
+    assert shown["tokens a pass"].startswith(f"{said['tokens_per_pass']:.2f} (")
+    assert len(shown["drafted a pass, over time"].split()) in range(2, 9)
     assert math.isfinite(said["estimated_speedup"]) and "drafts:" in report.summary()
