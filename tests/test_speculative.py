@@ -273,6 +273,41 @@ def test_costs_are_a_line():
     assert flat.of(1) == flat.of(9) == pytest.approx(1.0)
 
 
+def test_a_stall_is_not_the_price_of_a_longer_run():
+    costs = Costs()
+    for n in (1, 5, 9, 5):
+        costs.add(n, 1.0)
+    costs.add(9, 30.0)
+    assert costs.of(9) < 1.6 and costs.of(1) > 0.8
+    for _ in range(40):
+        costs.add(9, 4.0)  # but what lasts is believed
+    assert costs.of(9) == pytest.approx(4.0, rel=0.05)
+
+
+def test_reading_the_prompt_is_not_the_price_of_drafting(pair):
+    big, small = pair
+    with fc.load(small, context=120) as engine:
+        draft = ModelDraft(engine.session(), engine.config.vocab_size, lambda: None)
+        sampler = make_sampler(SamplingParams(temperature=0.0).resolved({}))
+        draft.propose(list(range(3, 83)), 2, sampler, torch.Generator())
+        assert draft.catching_up > 0
+        draft.propose(list(range(3, 85)), 2, sampler, torch.Generator())
+        assert draft.catching_up == 0
+    prompt = list(range(3, 83))
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    with fc.load(big, context=120, draft=str(small), speculate="auto") as engine:
+        plain = engine.speculator.draft.propose
+
+        def slow(*args):
+            found = plain(*args)
+            engine.speculator.draft.catching_up = 1000.0
+            return found
+
+        engine.speculator.draft.propose = slow
+        list(engine.generate(prompt, params))
+        assert engine.speculator._draft_seconds < 0
+
+
 def test_the_text_itself_as_draft():
     draft, sampler = NGramDraft(), make_sampler(SamplingParams(temperature=0.0).resolved({}))
     generator = torch.Generator()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ class NGramDraft:
     The longest suffix that occurs earlier decides, its latest occurrence first.
     """
 
+    catching_up = 0.0
+
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor | None]:
@@ -48,6 +51,7 @@ class ModelDraft:
 
     def __init__(self, session: Session, vocab_size: int, close: Callable[[], None]) -> None:
         self.session, self.vocab_size, self.close = session, vocab_size, close
+        self.catching_up = 0.0
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -62,8 +66,9 @@ class ModelDraft:
                 break
             same += 1
         session.trim(min(same, len(ids) - 1))
-        behind = list(ids[len(session.ids) :])
+        behind, begin = list(ids[len(session.ids) :]), time.perf_counter()
         logits = session.prefill(behind)[None] if len(behind) > AT_ONCE else session.verify(behind, "last")
+        self.catching_up = time.perf_counter() - begin if len(behind) > AT_ONCE else 0.0
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
         for index in range(count):
@@ -81,6 +86,8 @@ class SelfDraft:
     An expert that is away gives its place to the best of those that are here; a neuron or a layer is left out. Keys
     and values stand behind the target's own and are dropped when the run is drafted, so the target never sees them.
     """
+
+    catching_up = 0.0
 
     def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int) -> None:
         self.decoder, self.kv, self.vocab_size = decoder, kv, vocab_size

@@ -233,6 +233,7 @@ def _tokens(
         if count and not drafted:
             speculator.missed()
         drafted_in, begin = time.perf_counter() - begin, time.perf_counter()
+        drafted_in -= speculator.draft.catching_up if drafted else 0.0
         rows = session.verify([token, *drafted], more=made + 1 < limit).float().cpu()
         seconds = time.perf_counter() - begin
         p = [sampler.probs(row, [*context, *drafted[:i]]) for i, row in enumerate(rows)]

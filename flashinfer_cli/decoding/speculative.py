@@ -18,11 +18,15 @@ from .sampling import Sampler
 MOST_DRAFTED = 16
 FADE = 0.9  # of the past, in running means
 TRY_AGAIN = 48  # tokens without drafts, after which some are tried again
+MOST_SURPRISE = 2.0  # times what a pass was expected to cost: what is above is taken for this
 TRIAL = 4  # tokens of such a trial, and of the first run
 
 
 class Draft(Protocol):
-    """Something that guesses what follows."""
+    """Something that guesses what follows. `catching_up`: seconds of the last proposal that went into text that the
+    draft had not read, such as the prompt, and that no later proposal will cost again."""
+
+    catching_up: float
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -89,6 +93,8 @@ class Costs:
     ns: float = 0.0
 
     def add(self, n: int, seconds: float) -> None:
+        if self.weight > 2:  # somebody else's work on this machine shall not look like the price of a longer run
+            seconds = min(seconds, MOST_SURPRISE * self.of(n))
         self.weight = FADE * self.weight + 1
         for name, value in (("n", n), ("seconds", seconds), ("nn", n * n), ("ns", n * seconds)):
             setattr(self, name, FADE * getattr(self, name) + value)
