@@ -100,6 +100,17 @@ def test_with_all_in_memory_it_is_always_right(tmp_path):
     assert said["accepted"] == said["drafted"] > 5 and said["alpha"] == 1
 
 
+def test_a_seed_does_not_depend_on_what_is_in_memory(tmp_path, monkeypatch):
+    """A draft by what is here would draw other numbers with other experts here, so where a seed is given none is."""
+    folder = experts(tmp_path, monkeypatch)
+    seeded = SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
+    with fc.load(folder, context=64, draft="self", speculate="3") as engine:
+        texts = [[e.token_id for e in engine.generate(PROMPTS[0], seeded)] for _ in range(2)]
+        assert engine.report().speculation["drafted"] == 0 and texts[0] == texts[1]
+        list(engine.generate(PROMPTS[0], replace(seeded, seed=None)))
+        assert engine.report().speculation["drafted"] > 0
+
+
 def test_a_head_that_streams_cannot_draft(tmp_path):
     folder, _ = make("llama", 0, tmp_path / "m")
     with pytest.raises(UsageError, match="draft for itself"):

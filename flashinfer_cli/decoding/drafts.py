@@ -29,6 +29,7 @@ class NGramDraft:
     """
 
     catching_up = 0.0
+    repeatable = True
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -48,6 +49,8 @@ class NGramDraft:
 
 class ModelDraft:
     """A small model with the target's tokenizer, resident, drawing under the same sampling as the target."""
+
+    repeatable = True
 
     def __init__(self, session: Session, vocab_size: int, close: Callable[[], None]) -> None:
         self.session, self.vocab_size, self.close = session, vocab_size, close
@@ -88,6 +91,7 @@ class SelfDraft:
     """
 
     catching_up = 0.0
+    repeatable = False
 
     def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int) -> None:
         self.decoder, self.kv, self.vocab_size = decoder, kv, vocab_size

@@ -229,6 +229,8 @@ def _tokens(
             continue
         begin = time.perf_counter()
         count = speculator.choose(limit - made - 1, repeatable)
+        if repeatable and not speculator.draft.repeatable:
+            count = 0  # what a seed gives would depend on what is in memory
         drafted, q = speculator.draft.propose(context, count, sampler, generator) if count else ([], None)
         if count and not drafted:
             speculator.missed()

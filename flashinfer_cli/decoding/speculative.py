@@ -23,10 +23,14 @@ TRIAL = 4  # tokens of such a trial, and of the first run
 
 
 class Draft(Protocol):
-    """Something that guesses what follows. `catching_up`: seconds of the last proposal that went into text that the
-    draft had not read, such as the prompt, and that no later proposal will cost again."""
+    """Something that guesses what follows.
+
+    `catching_up`: seconds of the last proposal that went into text that the draft had not read, such as the prompt, and
+    that no later proposal will cost again. `repeatable`: the same text gets the same guesses, whatever memory holds.
+    """
 
     catching_up: float
+    repeatable: bool
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
