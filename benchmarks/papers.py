@@ -16,6 +16,7 @@ FIGURES: dict[str, tuple[str, str, str]] = {
         "2312.11514",
     ),
     "experts": ("experts", "what an expert cache and guesses ahead find and earn", "2312.17238"),
+    "speculative": ("speculative", "what drafts bring where weights stream", "2211.17192"),
 }
 
 

@@ -17,9 +17,9 @@ from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
 from .config import DEFAULT_CONTEXT, MEASURED_MODEL, SMALL_MODEL, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
-from .decoding.drafts import ModelDraft, NGramDraft, check_same_ids
+from .decoding.drafts import ModelDraft, NGramDraft, SelfDraft, check_same_ids
 from .decoding.generate import Session, TokenEvent, check_ids, generate
-from .decoding.speculative import Draft, Speculator
+from .decoding.speculative import MOST_DRAFTED, Draft, Speculator
 from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
 from .kernels import select
 from .kernels.warm import ensure_compiled, is_compiled
@@ -360,7 +360,7 @@ def _with_draft(
     name = run.draft
     assert name is not None
     draft: Draft = NGramDraft()
-    if name != "ngram":
+    if name not in ("ngram", "self"):
         small = open_model(name)
         check_same_ids(opened.tokenizer, small.tokenizer, name)
         if run.context is None and need is not None:
@@ -371,11 +371,20 @@ def _with_draft(
         draft = ModelDraft(engine.session(), engine.config.vocab_size, engine.close)
         if notify is not None:
             notify(f"draft {name}: {engine.plan}")
+    fixed = int(run.speculate) if run.speculate.isdigit() else None
+    run = replace(run, logit_rows=(fixed or MOST_DRAFTED) + 1)  # a pass gives a row for each token that it checks
     try:
         found = Engine(opened, run, notify=notify, need=need, progress=progress)
     except BaseException:
         draft.close()
         raise
-    fixed = int(run.speculate) if run.speculate.isdigit() else None
+    if name == "self":
+        draft = SelfDraft(found.decoder, found._kv, found.config.vocab_size)
+        if not draft.able:
+            found.close()
+            raise UsageError(
+                "There is not enough memory for the model to draft for itself: its head has to stay.",
+                "Give more --memory, or take --draft ngram.",
+            )
     found.speculator = Speculator(draft, name, fixed)
     return found

@@ -36,6 +36,7 @@ class Sizes:
     demand: int = 0
     neurons: int = 0  # records of layers that have predictors: they take slots instead of being pinned
     neuron_block: int = 0  # the neurons of a token, gathered
+    order: tuple[int, ...] = ()  # places in `slices`, what stays first; where given, in place of an even spread
     table: int = 0  # an embedding table apart from the head; its rows can be read by token instead
     expert: int = 0  # one slot
     experts_by_layer: tuple[int, ...] = ()  # number of experts of each MoE layer
@@ -91,6 +92,12 @@ def spread(sizes: Sequence[int], room: int) -> tuple[bool, ...]:
 
 def pin(sizes: Sizes, room: int) -> tuple[bool, ...]:
     """Which slices stay within `room` bytes: those that every token needs before those that few do."""
+    if sizes.order and room < sum(sizes.slices):
+        stays = [False] * len(sizes.slices)
+        for place in sizes.order:
+            stays[place] = sizes.slices[place] <= room
+            room -= sizes.slices[place] * stays[place]
+        return tuple(stays)
     if not any(sizes.seldom):
         return spread(sizes.slices, room)
     often = [0 if seldom else size for size, seldom in zip(sizes.slices, sizes.seldom, strict=True)]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import make
 
 import flashinfer_cli as fc
+from flashinfer_cli.cli.report_tables import report_tables
 from flashinfer_cli.config import SamplingParams
-from flashinfer_cli.decoding.drafts import ModelDraft, NGramDraft
+from flashinfer_cli.decoding.drafts import ModelDraft, NGramDraft, SelfDraft
+from flashinfer_cli.decoding.generate import _tokens
 from flashinfer_cli.decoding.sampling import make_sampler
 from flashinfer_cli.decoding.speculative import (
     Costs,
@@ -26,7 +31,9 @@ from flashinfer_cli.training.export import write_folder
 from flashinfer_cli.training.model import Decoder
 from flashinfer_cli.training.shape import Shape
 
-V, DRAWS = 6, 20_000
+V = 6
+DRAWS = int(os.environ.get("SPECULATIVE_DRAWS", "4000"))  # the statistics were also run with 100,000
+LOOSE = math.sqrt(20_000 / DRAWS)
 
 # ------------------------------------------------------------------ the distribution
 
@@ -104,13 +111,85 @@ SETTINGS = (
 @pytest.mark.parametrize("params", SETTINGS, ids=["T=1", "T=0.7", "top-k", "top-p"])
 def test_the_distribution_is_the_targets(params, how):
     chi, variation = distance(Table(1, 0.8), params, how)
-    assert chi < 2.2 and variation < 0.02
+    assert chi < 2.2 and variation < 0.02 * LOOSE
 
 
 @pytest.mark.parametrize("how", ["argmax", "no temperature", "re-seeded"])
 def test_wrong_ways_are_found_out(how):
     chi, variation = distance(Table(1, 0.8), SETTINGS[1], how)
-    assert chi > 5 and variation > 0.02
+    assert chi > 3 and variation > 0.02 * LOOSE
+
+
+class TableSession:
+    """What the loop of decoding asks of a session, and what a draft asks of a model, answered from a table."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table, self.ids, self.kv = table, [], self
+        self.capacity, self.keys, self.rt, self.head = 10_000, [torch.zeros(1)], self, self
+        self.mode, self.is_here = SimpleNamespace(decoding=False, here=False), True
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def verify(self, tokens, logits="all", *, more=False) -> torch.Tensor:
+        self.ids += tokens
+        return self.table[list(tokens)][0 if logits == "all" else -1 :]
+
+    def prefill(self, ids, *, more=False, progress=None) -> torch.Tensor:
+        return self.verify(list(ids), "last")[-1]
+
+    def forward(self, last: torch.Tensor, kv: TableSession) -> torch.Tensor:
+        """The same sequence, another model: what a draft from within is."""
+        assert self.mode.here
+        return self.table[kv.take(int(last))][None]
+
+    def take(self, token: int) -> int:
+        self.ids.append(token)
+        return token
+
+    def trim(self, length: int) -> None:
+        del self.ids[length:]
+
+    def emitted(self, tokens: int) -> None:
+        return
+
+
+SEQUENCE = 40
+
+
+@pytest.mark.parametrize("kind", ["model", "self", "ngram"])
+@pytest.mark.parametrize("params", SETTINGS, ids=["T=1", "T=0.7", "top-k", "top-p"])
+def test_every_draft_leaves_the_distribution(kind, params):
+    """Whole sequences by the loop of decoding and the drafts as they are: each step from token to token is counted."""
+    table, params = Table(2, 0.8), params.resolved({})
+    sampler, generator = make_sampler(params), torch.Generator().manual_seed(21)
+    counts = torch.zeros(V, V)
+    speculator = None
+    for _ in range(DRAWS // SEQUENCE):
+        session = TableSession(table.target)
+        draft = {
+            "model": lambda: ModelDraft(TableSession(table.draft), V, lambda: None),
+            "self": lambda at=session: SelfDraft(TableSession(table.draft), at, V),
+            "ngram": NGramDraft,
+        }[kind]()
+        speculator = Speculator(draft, kind, fixed=3) if speculator is None else speculator
+        speculator.draft = draft
+        made = [0, *_tokens(session, [0], SEQUENCE, sampler, generator, speculator, False, None)]
+        assert len(made) == SEQUENCE + 1
+        for a, b in pairwise(made):
+            counts[a, b] += 1
+    p = torch.stack([sampler.probs(row) for row in table.target])
+    expected = counts.sum(1, keepdim=True) * p
+    enough = expected > 5
+    assert not counts[p == 0].any()
+    chi = ((counts - expected)[enough].square() / expected[enough]).sum() / int((enough.sum(1) - 1).clamp(min=0).sum())
+    variation = float((counts - expected).abs().sum() / 2 / counts.sum())
+    assert float(chi) < 2.2 and variation < 0.02 * LOOSE
+    said = speculator.report()
+    assert said["accepted"] > 0 and said["accepted"] < said["drafted"]
+    if kind != "ngram":  # whose luck is not independent from token to token
+        assert said["tokens_per_pass"] == pytest.approx(said["expected_tokens_per_pass"], rel=0.05)
 
 
 def test_an_equal_draft_always_stands():
@@ -137,11 +216,14 @@ def test_greedy_is_argmax_on_both():
 
 @pytest.mark.parametrize(
     ("acceptance", "drafted", "cost", "speedup"),
-    [(0.75, 7, 0.02, 3.2), (0.62, 7, 0.02, 2.3), (0.65, 5, 0.02, 2.4), (0.53, 5, 0.02, 1.9)],
-)
+    [(0.75, 7, 0.02, 3.2), (0.80, 7, 0.04, 3.3), (0.82, 7, 0.11, 2.5), (0.62, 7, 0.02, 2.3), (0.68, 5, 0.04, 2.4),
+     (0.71, 3, 0.11, 2.0), (0.65, 5, 0.02, 2.4), (0.73, 5, 0.04, 2.6), (0.74, 3, 0.11, 2.0), (0.53, 5, 0.02, 1.9),
+     (0.55, 3, 0.04, 1.8), (0.56, 3, 0.11, 1.6)],
+)  # fmt: skip
 def test_the_papers_speedups(acceptance, drafted, cost, speedup):
-    """Table 2 of 2211.17192, T5-XXL with a draft of 77M; its figures are rounded down in places."""
-    assert expected_speedup(acceptance, drafted, cost) == pytest.approx(speedup, abs=0.11)
+    """2211.17192, T5-XXL with drafts of 77M, 250M and 800M: En-De and CNN/DM, T=0 and T=1; alpha has two digits."""
+    least, most = (expected_speedup(acceptance + e, drafted, cost) for e in (-0.005, 0.005))
+    assert least - 0.06 < speedup < most + 0.06
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
@@ -189,6 +271,41 @@ def test_costs_are_a_line():
     flat = Costs()
     flat.add(4, 1.0)
     assert flat.of(1) == flat.of(9) == pytest.approx(1.0)
+
+
+def test_a_stall_is_not_the_price_of_a_longer_run():
+    costs = Costs()
+    for n in (1, 5, 9, 5):
+        costs.add(n, 1.0)
+    costs.add(9, 30.0)
+    assert costs.of(9) < 1.6 and costs.of(1) > 0.8
+    for _ in range(40):
+        costs.add(9, 4.0)  # but what lasts is believed
+    assert costs.of(9) == pytest.approx(4.0, rel=0.05)
+
+
+def test_reading_the_prompt_is_not_the_price_of_drafting(pair):
+    big, small = pair
+    with fc.load(small, context=120) as engine:
+        draft = ModelDraft(engine.session(), engine.config.vocab_size, lambda: None)
+        sampler = make_sampler(SamplingParams(temperature=0.0).resolved({}))
+        draft.propose(list(range(3, 83)), 2, sampler, torch.Generator())
+        assert draft.catching_up > 0
+        draft.propose(list(range(3, 85)), 2, sampler, torch.Generator())
+        assert draft.catching_up == 0
+    prompt = list(range(3, 83))
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    with fc.load(big, context=120, draft=str(small), speculate="auto") as engine:
+        plain = engine.speculator.draft.propose
+
+        def slow(*args):
+            found = plain(*args)
+            engine.speculator.draft.catching_up = 1000.0
+            return found
+
+        engine.speculator.draft.propose = slow
+        list(engine.generate(prompt, params))
+        assert engine.speculator._draft_seconds < 0
 
 
 def test_the_text_itself_as_draft():
@@ -288,6 +405,27 @@ def test_stops_inside_an_accepted_run(pair):
         assert got == want[:most]
 
 
+def test_a_session_goes_on_as_after_plain_decoding(pair):
+    """Stopped inside a run and continued; and a conversation of two turns, by a model and by the text as drafts."""
+    big, small = pair
+    (big / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    found = []
+    for options in ({}, {"draft": str(small), "speculate": "8"}, {"draft": "ngram"}, {"draft": "self"}):
+        with fc.load(big, context=400, **options) as engine:
+            session = engine.session()
+            events = engine.continue_session(session, [5, 6, 7], params)
+            first = [next(events).token_id for _ in range(9)]
+            events.close()
+            held = list(session.ids)
+            assert session.kv.length == len(held)
+            then = [event.token_id for event in engine.continue_session(session, first[-1:], params)]
+            talk = engine.chat()
+            turns = ["".join(e.text for e in talk.send(words, params)) for words in ("the cat", "and the dog")]
+            found.append((first, held, then, turns))
+    assert found[0] == found[1] == found[2] == found[3] and len(found[0][1]) == 11
+
+
 def test_the_end_of_the_context(pair):
     big, small = pair
     params = SamplingParams(max_tokens=500, temperature=0.0, ignore_eos=True)
@@ -319,4 +457,8 @@ def test_the_account_adds_up(pair):
     said = report.speculation
     assert sum(said["lengths"]) == said["drafted"] and len(said["lengths"]) == said["passes"]
     assert said["accepted"] + said["passes"] == 29 and 0 <= said["acceptance"] <= 1
+    drafts = next(table for table in report_tables(report.to_dict()) if table.title == "Drafts")
+    shown = dict(drafts.rows)
+    assert shown["tokens a pass"].startswith(f"{said['tokens_per_pass']:.2f} (")
+    assert len(shown["drafted a pass, over time"].split()) in range(2, 9)
     assert math.isfinite(said["estimated_speedup"]) and "drafts:" in report.summary()

@@ -127,6 +127,11 @@ class ExpertCache:
             self._drain()
         return self._free.popleft() if self._free else None
 
+    def here(self, layer: int) -> dict[int, list[torch.Tensor]]:
+        """The experts of a layer that are in memory, and their pieces. Reads nothing, and the policy hears nothing."""
+        found = [expert for expert in range(len(self.spans[layer])) if (layer, expert) in self._slot]
+        return {expert: self._pieces(layer, expert, self._slot[layer, expert]) for expert in found}
+
     # ---- guesses
     @property
     def distances(self) -> tuple[int, ...]:

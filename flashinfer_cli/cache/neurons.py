@@ -181,6 +181,14 @@ class NeuronCache:
             layer.rows[taken] = records.numpy()[wanted]
             layer.slot[start + wanted] = taken
 
+    def here(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Those of neurons `ids` that are in memory, as `fetch` hands them out. Reads nothing, and nothing is noted."""
+        layer = self.layers[index]
+        ids = ids[layer.slot[ids] >= 0]
+        for first in range(0, len(ids), self.block):
+            block = ids[first : first + self.block]
+            yield block, self.device.put(torch.from_numpy(layer.rows[layer.slot[block]]))
+
 
 class Pinned:
     """Records that all stay, as the slices they came in: the same neurons in the same blocks, and nothing read."""
@@ -189,6 +197,9 @@ class Pinned:
         self.device, self.recorder, self.block = device, recorder, block
         self.homes: dict[int, tuple[list[torch.Tensor], int]] = {}  # layer -> (records by slice, records a slice)
         self.trace: Tracing | None = None
+
+    def here(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        return self.fetch(index, ids)
 
     def fetch(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         homes, step = self.homes[index]

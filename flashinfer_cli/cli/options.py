@@ -142,8 +142,8 @@ class RunOptions:
             "--draft",
             metavar="MODEL",
             rich_help_panel=MEMORY,
-            help="A small model with the same tokenizer that guesses ahead, or ngram: the text itself. "
-            "Changes the speed only.",
+            help="What guesses ahead: a small model with the same tokenizer, ngram (the text itself) or self (what of "
+            "the model is in memory). Changes the speed only.",
         ),
     ] = RunConfig.draft
     speculate: Annotated[

@@ -11,6 +11,7 @@ from ..report import PHASES
 from .tables import Table, facts, rate, seconds, share
 
 WORST_LAYERS = 3
+SPANS = 8  # of a run's passes, in order: how many tokens were drafted over time
 
 
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
@@ -20,6 +21,8 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         tables.append(_layers(report))
     if report["steps"]:
         tables.append(_steps(report))
+    if report.get("speculation"):
+        tables.append(_speculation(report["speculation"]))
     if report.get("experts"):
         tables += _experts(report)
     return tables
@@ -39,6 +42,22 @@ def _run(report: Mapping[str, Any]) -> Table:
     if report["first_token_seconds"] is not None:
         pairs["first token after"] = seconds(report["first_token_seconds"])
     return facts("Run", pairs)
+
+
+def _speculation(said: Mapping[str, Any]) -> Table:
+    lengths = said["lengths"]
+    step = max(1, -(-len(lengths) // SPANS))
+    means = [sum(part) / len(part) for part in (lengths[i : i + step] for i in range(0, len(lengths), step))]
+    without = sum(length == 0 for length in lengths)
+    pairs = {
+        "draft": str(said["draft"]),
+        "tokens a pass": f"{said['tokens_per_pass']:.2f} ({said['expected_tokens_per_pass']:.2f} by the formula)",
+        "acceptance": f"{said['alpha']:.0%} of the drafted tokens that were judged, {said['acceptance']:.0%} of all",
+        "drafted a pass, over time": " ".join(f"{mean:.1f}" for mean in means),
+        "passes without a draft": share(without, len(lengths)),
+        "speed against plain": f"{said['estimated_speedup']:.2f}, estimated",
+    }
+    return facts("Drafts", pairs)
 
 
 def _memory(report: Mapping[str, Any]) -> Table:

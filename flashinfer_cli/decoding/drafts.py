@@ -1,7 +1,8 @@
-"""What may guess the next tokens: another model, or the text itself."""
+"""What may guess the next tokens: another model, the model itself with what is in memory, or the text itself."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from ..errors import UsageError
 from .sampling import Sampler
 
 if TYPE_CHECKING:
+    from ..cache.kv import KVCache
+    from ..models.decoder import Decoder
     from ..tokenizer import Tokenizer
     from .generate import Session
 
@@ -24,6 +27,9 @@ class NGramDraft:
 
     The longest suffix that occurs earlier decides, its latest occurrence first.
     """
+
+    catching_up = 0.0
+    repeatable = True
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -44,8 +50,11 @@ class NGramDraft:
 class ModelDraft:
     """A small model with the target's tokenizer, resident, drawing under the same sampling as the target."""
 
+    repeatable = True
+
     def __init__(self, session: Session, vocab_size: int, close: Callable[[], None]) -> None:
         self.session, self.vocab_size, self.close = session, vocab_size, close
+        self.catching_up = 0.0
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -60,8 +69,9 @@ class ModelDraft:
                 break
             same += 1
         session.trim(min(same, len(ids) - 1))
-        behind = list(ids[len(session.ids) :])
+        behind, begin = list(ids[len(session.ids) :]), time.perf_counter()
         logits = session.prefill(behind)[None] if len(behind) > AT_ONCE else session.verify(behind, "last")
+        self.catching_up = time.perf_counter() - begin if len(behind) > AT_ONCE else 0.0
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
         for index in range(count):
@@ -71,6 +81,54 @@ class ModelDraft:
             if index + 1 < count:
                 logits = session.verify([drafted[-1]], "last")
         return drafted, torch.stack(rows)
+
+
+class SelfDraft:
+    """The model itself with what of it is in memory: resident experts, neurons and layers, and nothing is read.
+
+    An expert that is away gives its place to the best of those that are here; a neuron or a layer is left out. Keys
+    and values stand behind the target's own and are dropped when the run is drafted, so the target never sees them.
+    """
+
+    catching_up = 0.0
+    repeatable = False
+
+    def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int) -> None:
+        self.decoder, self.kv, self.vocab_size = decoder, kv, vocab_size
+
+    @property
+    def able(self) -> bool:
+        """Without its head a model says nothing."""
+        return self.decoder.head.is_here
+
+    def propose(
+        self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
+    ) -> tuple[list[int], torch.Tensor | None]:
+        start = self.kv.length
+        assert start == len(ids) - 1
+        count = min(count, self.kv.capacity - start)
+        if count < 1 or not self.able:
+            return [], None
+        drafted: list[int] = []
+        rows: list[torch.Tensor] = []
+        mode = self.decoder.rt.mode
+        mode.decoding = mode.here = True
+        try:
+            with torch.inference_mode():
+                for _ in range(count):
+                    last = torch.tensor([drafted[-1] if drafted else ids[-1]], device=self.kv.keys[0].device)
+                    logits = self.decoder.forward(last, self.kv)
+                    assert logits is not None
+                    q = sampler.probs(logits[-1].float().cpu()[: self.vocab_size], [*ids, *drafted])
+                    drafted.append(sampler.sample(q, generator))
+                    rows.append(q)
+        finally:
+            mode.here = False
+            self.kv.trim(start)
+        return drafted, torch.stack(rows)
+
+    def close(self) -> None:
+        return
 
 
 def check_same_ids(target: Tokenizer, draft: Tokenizer, name: str) -> None:

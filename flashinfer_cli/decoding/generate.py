@@ -229,10 +229,13 @@ def _tokens(
             continue
         begin = time.perf_counter()
         count = speculator.choose(limit - made - 1, repeatable)
+        if repeatable and not speculator.draft.repeatable:
+            count = 0  # what a seed gives would depend on what is in memory
         drafted, q = speculator.draft.propose(context, count, sampler, generator) if count else ([], None)
         if count and not drafted:
             speculator.missed()
         drafted_in, begin = time.perf_counter() - begin, time.perf_counter()
+        drafted_in -= speculator.draft.catching_up if drafted else 0.0
         rows = session.verify([token, *drafted], more=made + 1 < limit).float().cpu()
         seconds = time.perf_counter() - begin
         p = [sampler.probs(row, [*context, *drafted[:i]]) for i, row in enumerate(rows)]
@@ -240,5 +243,10 @@ def _tokens(
         session.trim(len(context) + kept)
         session.emitted(kept + 1)
         speculator.note(len(drafted), kept, drafted_in, seconds)
-        yield from (*drafted[:kept], token)
+        for index, one in enumerate((*drafted[:kept], token)):
+            try:
+                yield one
+            except GeneratorExit:  # stopped inside a run: what stands behind was never said
+                session.trim(len(context) + index)
+                raise
         made += kept + 1

@@ -18,11 +18,19 @@ from .sampling import Sampler
 MOST_DRAFTED = 16
 FADE = 0.9  # of the past, in running means
 TRY_AGAIN = 48  # tokens without drafts, after which some are tried again
+MOST_SURPRISE = 2.0  # times what a pass was expected to cost: what is above is taken for this
 TRIAL = 4  # tokens of such a trial, and of the first run
 
 
 class Draft(Protocol):
-    """Something that guesses what follows."""
+    """Something that guesses what follows.
+
+    `catching_up`: seconds of the last proposal that went into text that the draft had not read, such as the prompt, and
+    that no later proposal will cost again. `repeatable`: the same text gets the same guesses, whatever memory holds.
+    """
+
+    catching_up: float
+    repeatable: bool
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -89,6 +97,8 @@ class Costs:
     ns: float = 0.0
 
     def add(self, n: int, seconds: float) -> None:
+        if self.weight > 2:  # somebody else's work on this machine shall not look like the price of a longer run
+            seconds = min(seconds, MOST_SURPRISE * self.of(n))
         self.weight = FADE * self.weight + 1
         for name, value in (("n", n), ("seconds", seconds), ("nn", n * n), ("ns", n * seconds)):
             setattr(self, name, FADE * getattr(self, name) + value)
@@ -110,6 +120,7 @@ class Speculator:
     fixed: int | None = None
     drafted: int = 0
     accepted: int = 0
+    judged: int = 0  # drafted tokens that were looked at: none behind a rejected one
     passes: int = 0
     tokens: int = 0
     lengths: list[int] = field(default_factory=list)
@@ -151,9 +162,10 @@ class Speculator:
         self._idle = 0 if drafted else self._idle + 1
         self._costs.add(drafted + 1, pass_seconds)
         if drafted:
+            judged = accepted + (accepted < drafted)
+            self.judged += judged
             self._draft_seconds = FADE * self._draft_seconds + draft_seconds
             self._draft_tokens = FADE * self._draft_tokens + drafted
-            judged = accepted + (accepted < drafted)  # those behind a rejected one were never judged
             self._kept = FADE * self._kept + accepted
             self._tried = FADE * self._tried + judged
 
@@ -162,8 +174,13 @@ class Speculator:
         self._idle = 0
 
     def report(self) -> dict[str, object]:
-        """The account, plain values: acceptance of all tokens judged, tokens a pass, lengths of the runs."""
+        """The account, plain values.
+
+        `acceptance` is the share of drafted tokens that stand, `alpha` that of those judged (the paper's a), and
+        `expected_tokens_per_pass` what its formula makes of alpha and the lengths of the runs.
+        """
         plain = self._costs.of(1) if self._costs.weight else 0.0
+        alpha = self.accepted / self.judged if self.judged else 0.0
         per_pass = self.tokens / self.passes if self.passes else 0.0
         mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
         a_draft = self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
@@ -174,8 +191,13 @@ class Speculator:
             "accepted": self.accepted,
             "passes": self.passes,
             "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
+            "alpha": alpha,
             "tokens_per_pass": per_pass,
+            "expected_tokens_per_pass": self._expected(alpha),
             "mean_length": mean,
             "lengths": self.lengths[-256:],
             "estimated_speedup": per_pass * plain / paid if paid else 1.0,
         }
+
+    def _expected(self, alpha: float) -> float:
+        return sum(expected_tokens(alpha, n) for n in self.lengths) / self.passes if self.passes else 0.0

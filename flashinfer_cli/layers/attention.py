@@ -76,6 +76,11 @@ class Attention:
     k_norm: Norm | None
     norm_all_heads: bool  # over [heads * hd] at once, as OLMoE, rather than over each head
 
+    @property
+    def is_here(self) -> bool:
+        """Are all of its weights in memory."""
+        return self.out.is_here and all(projection.is_here for projection in self.projections)
+
     def __call__(
         self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, positions: torch.Tensor | None = None
     ) -> torch.Tensor:

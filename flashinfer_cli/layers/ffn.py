@@ -26,8 +26,15 @@ class DenseFfn:
     down: Linear
     act: str
 
+    @property
+    def is_here(self) -> bool:
+        """Is all of it in memory."""
+        return all(part.is_here for part in (self.gate, self.up, self.down) if part is not None)
+
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]."""
+        if rt.mode.here and not self.is_here:
+            return torch.zeros_like(x)
         if self.gate is None:
             h = self.up(x, rt)
             with rt.recorder.computing():
@@ -58,6 +65,8 @@ class RecordFfn:
         """x [T, d] -> [T, d]. `passing` is shown every run of records: its first neuron, and uint8 [n, width]."""
         out = torch.zeros_like(x)
         for part in self.parts:
+            if rt.mode.here and part.slice.home is None:
+                continue
             rows = slice(part.start, part.start + part.rows)
             gate_bias = None if self.gate_bias is None else self.gate_bias[rows]
             bias = gate_bias, None if self.up_bias is None else self.up_bias[rows]
@@ -113,13 +122,16 @@ class SparseFfn:
             one, into = x[row : row + 1], out[row : row + 1]
             with rt.recorder.computing():
                 ids = self.demand(one)
-            rt.recorder.neurons(self.layer, len(ids), self.count)
-            fetch = self.cache.fetch(self.layer, ids)
-            if self.behind is not None and isinstance(self.cache, NeuronCache) and len(x) == 1:
-                with rt.recorder.computing():
-                    guessed = self.behind(one)
-                self.cache.guess(self.behind.layer, guessed)
-            for block, records in fetch:
+            if rt.mode.here:
+                arriving = self.cache.here(self.layer, ids)
+            else:
+                rt.recorder.neurons(self.layer, len(ids), self.count)
+                arriving = iter(self.cache.fetch(self.layer, ids))
+                if self.behind is not None and isinstance(self.cache, NeuronCache) and len(x) == 1:
+                    with rt.recorder.computing():
+                        guessed = self.behind(one)
+                    self.cache.guess(self.behind.layer, guessed)
+            for block, records in arriving:
                 with rt.recorder.computing():
                     where = torch.from_numpy(block).to(x.device)
                     gate_bias = None if dense.gate_bias is None else dense.gate_bias[where]

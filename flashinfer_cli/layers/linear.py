@@ -15,9 +15,13 @@ from ..report import Recorder
 @dataclass
 class Mode:
     """Is the pass under way one of decoding: token by token where it matters to the last bit, and where an FFN has a
-    predictor on the neurons that it names. A prompt is computed at once, and on all of them."""
+    predictor on the neurons that it names. A prompt is computed at once, and on all of them.
+
+    `here`: the pass is a draft that may read nothing: what is not in memory is left out (`decoding.drafts.SelfDraft`).
+    """
 
     decoding: bool = False
+    here: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Linear:
     @property
     def slices(self) -> list[Slice]:
         return [part.slice for part in self.parts]
+
+    @property
+    def is_here(self) -> bool:
+        """Is all of it in memory."""
+        return all(part.slice.home is not None for part in self.parts)
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x float32 [T, cols] -> float32 [T, rows]."""

@@ -151,6 +151,9 @@ class MoeFfn:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
         with rt.recorder.computing():
             logits = rt.apart(lambda row: F.linear(row, self.router, self.router_bias), x)
+        if rt.mode.here:
+            return self._draft(x, logits, rt)
+        with rt.recorder.computing():
             weights, chosen = self._route(logits, rt)
             by_rank = x.new_empty(*chosen.shape, x.shape[-1])
             asked = chosen.cpu().numpy()
@@ -168,6 +171,19 @@ class MoeFfn:
                 by_rank[token, rank] = self._expert(x[token], self.layouts[expert], pieces, rt)
         with rt.recorder.computing():
             out = (by_rank * weights[..., None]).sum(1)
+        return out if extra is None else out.add_(extra)
+
+    def _draft(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> torch.Tensor:
+        """The output [1, d] as far as memory goes: the best of the experts that are here take the others' places."""
+        found = self.cache.here(self.layer)
+        away = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        away[[*found, *range(self.moe.num_experts, logits.shape[-1])]] = False
+        out = torch.zeros_like(x)
+        weights, chosen = route(logits.masked_fill(away, float("-inf")), self.moe)
+        for weight, expert in zip(weights[0].tolist(), chosen[0].tolist(), strict=True):
+            if expert in found and weight > 0:
+                out += weight * self._expert(x, self.layouts[expert], found[expert], rt)
+        extra = self._shared(x, rt)
         return out if extra is None else out.add_(extra)
 
     def _route(self, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:

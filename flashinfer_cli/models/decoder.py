@@ -38,6 +38,8 @@ class Block:
 
     def __call__(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime) -> torch.Tensor:
         """x float32 [T, d] -> [T, d]."""
+        if rt.mode.here and not self.attention.is_here:
+            return x  # without attention a layer's FFN sees what it never saw
         if self.depth is not None:
             return self._some(x, kv, rope_length, rt, self.depth)
         if not self.norm_first:  # opt-350m: the norm comes after the residual
@@ -61,10 +63,12 @@ class Block:
         """
         with rt.recorder.computing():
             weights, kept = depth(x, rt)
-        rt.recorder.skips(len(x), len(x) - len(kept))
+        if not rt.mode.here:
+            rt.recorder.skips(len(x), len(x) - len(kept))
         if not len(kept):
             return x
-        rt.feed.demand(self.slices)
+        if not rt.mode.here:
+            rt.feed.demand(self.slices)
         taken = x[kept]
         update = self.attention(self.attn_norm(taken), kv, rope_length, rt, kv.length + kept)
         assert self.ffn_norm is not None
@@ -142,7 +146,7 @@ class Decoder:
         if self.positions is not None:
             first = kv.length + config.position_offset
             x = x + self.positions[first : first + tokens]
-        if self.first_guess is not None:
+        if self.first_guess is not None and not rt.mode.here:
             self.first_guess(x, rt)
         for index, block in enumerate(self.blocks):
             rt.recorder.layer = index

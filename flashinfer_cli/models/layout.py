@@ -193,6 +193,17 @@ def _lay_out_experts(
         layer.expert_layouts.append(ExpertLayout(*parts))
 
 
+def _inside_first(layout: ModelLayout) -> tuple[int, ...]:
+    """Places of slices, for a model that drafts for itself with what stays: the head, then whole layers from both ends
+    inwards, whose work the layers between them repeat most."""
+    places = {id(one): place for place, one in enumerate((*layout.body, *layout.head.slices))}
+    count = len(layout.layers)
+    layers = [layout.layers[i // 2 if i % 2 == 0 else count - 1 - i // 2] for i in range(count)]
+    wanted = [*layout.head.slices, *(one for layer in layers for one in layer.slices)]
+    first = [places.pop(id(one)) for one in wanted]
+    return (*places.values(), *first)  # what no layer has, projections in and out, stays before all
+
+
 def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
     """What the plan needs to know, in bytes."""
     spans = tuple(s.span.nbytes for s in (*layout.body, *layout.head.slices))
@@ -214,6 +225,7 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
         return 4 * a_token * chunk + scores + logits + 8 * MiB
 
     return Sizes(
+        order=_inside_first(layout) if run.draft == "self" and not any(layout.on_demand) else (),
         always=sum(4 * ref.rows * ref.cols for ref in layout.always.values()),
         slices=spans,
         table=0 if layout.tied else sum(s.span.nbytes for s in layout.embed.slices),
