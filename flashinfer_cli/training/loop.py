@@ -69,11 +69,12 @@ def read_corpus(recipe: Recipe, texts: Sequence[Path], tokenizer: Tokenizer | No
 class Training:
     """A run: the model, its optimizer, the step it is at, and the folder it lives in."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, out: Path) -> None:
+    def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, start: Decoder | None = None) -> None:
+        """`start` is a model to go on with rather than new weights."""
         self.recipe, self.corpus, self.out = recipe, corpus, out
         self.state_file, self.log_file = out / STATE / "state.pt", out / "loss.jsonl"
         torch.manual_seed(recipe.seed)
-        self.model = Decoder(recipe.shape)
+        self.model = Decoder(recipe.shape) if start is None else start
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -86,6 +87,8 @@ class Training:
         self.step = 0
         self.seconds = 0.0  # of training, over all its runs
         identity = json.dumps(asdict(recipe), sort_keys=True).encode() + corpus.train.stream.tobytes()
+        if start is not None:
+            identity += b"".join(p.detach().numpy().tobytes() for p in start.parameters())
         self.identity = hashlib.sha256(identity).hexdigest()
         self._resume()
 
