@@ -24,6 +24,7 @@ from .replay import replay
 from .running import INTERRUPTED
 from .studies import bundle, evaluate, inspect, plan, profile
 from .train import several, train
+from .tune import tune
 from .zoo import zoo
 
 NAME = "genai-run"
@@ -37,7 +38,7 @@ for _command, _panel in (
     (generate, "Run"), (chat, "Run"),
     (inspect, "Prepare"), (plan, "Prepare"), (bundle, "Prepare"), (calibrate, "Prepare"),
     (profile, "Measure"), (evaluate, "Measure"), (replay, "Measure"),
-    (train, "Train"), (convert_heads, "Train"), (zoo, "Train"),
+    (train, "Train"), (tune, "Train"), (convert_heads, "Train"), (zoo, "Train"),
 ):  # fmt: skip
     app.command(rich_help_panel=_panel)(spread(_command))
 

@@ -144,7 +144,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         weight = self.control.weight if self.control is not None and self.control.start >= 0 else 0.0
-        loss, figures, _ = total_loss(self.model, self.corpus.train(self.step), recipe, weight)
+        loss, figures = self._loss(weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
@@ -158,6 +158,10 @@ class Training:
         if self.step % LOOK_EVERY == 0 or self.step == recipe.steps:
             figures["held_out"] = self._look()
         return figures | {"learning_rate": rate}
+
+    def _loss(self, l1: float) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, figures, _ = total_loss(self.model, self.corpus.train(self.step), self.recipe, l1)
+        return loss, figures
 
     def _look(self) -> float:
         windows, seen = [], 0
