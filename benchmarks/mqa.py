@@ -23,7 +23,7 @@ from .machine import emit
 from .small_runs import SHAPE, table
 
 HEADS = 16
-CONTEXTS = (256, 2048, 8192)
+CONTEXTS = (256, 2048, 4096)
 
 
 def main(argv: list[str]) -> None:
@@ -43,21 +43,24 @@ def main(argv: list[str]) -> None:
             write_folder(Decoder(shape), read_tokenizer(zoo.path_of(zoo.DEFAULT)), Path(scratch))
             for context in CONTEXTS:
                 rows.append({"kv_heads": kv_heads, "context": context, **_point(Path(scratch), context, given.tokens)})
-    table(("KV heads", "context", "KV MiB", "ms a token"), [tuple(row.values()) for row in rows])
+    table(("KV heads", "context", "KV MiB", "ms a token", "CPU ms a token"), [tuple(row.values()) for row in rows])
     labels = [(f"{r['kv_heads']} of {HEADS} heads, {r['context']} tokens", r["ms_a_token"]) for r in rows]
-    bars(given.figure, "Decoding, ms a token (median), random weights, resident", labels)
+    bars(given.figure, "Decoding, ms a token (fastest), random weights, resident", labels)
     emit("mqa", rows, seed=given.seed)
 
 
 def _point(folder: Path, context: int, tokens: int) -> dict[str, float]:
-    """Median time of a decoded token behind a prompt of `context` tokens."""
+    """The fastest of the tokens decoded behind a prompt of `context` tokens: on the clock, and in processor time."""
     with fc.load(folder, stream="never", context=context + tokens + 1) as engine:
         prompt = [(7 * i) % 4000 + 1 for i in range(context)]
-        times, last = [], 0.0
-        for _ in engine.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)):
-            now = time.perf_counter()
-            if last:
-                times.append(now - last)
-            last = now
+        marks = [
+            (time.perf_counter(), time.process_time())
+            for _ in engine.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
+        ]
+        steps = list(zip(marks, marks[1:], strict=False))
         size = engine.config.kv_bytes_per_token * context / 2**20
-    return {"kv_mib": size, "ms_a_token": sorted(times)[len(times) // 2] * 1e3}
+    return {
+        "kv_mib": size,
+        "ms_a_token": min(b[0] - a[0] for a, b in steps) * 1e3,
+        "cpu_ms_a_token": min(b[1] - a[1] for a, b in steps) * 1e3,
+    }
