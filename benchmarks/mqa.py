@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from dataclasses import replace
@@ -43,13 +44,16 @@ def main(argv: list[str]) -> None:
             write_folder(Decoder(shape), read_tokenizer(zoo.path_of(zoo.DEFAULT)), Path(scratch))
             for context in CONTEXTS:
                 rows.append({"kv_heads": kv_heads, "context": context, **_point(Path(scratch), context, given.tokens)})
-    table(("KV heads", "context", "KV MiB", "ms a token", "CPU ms a token"), [tuple(row.values()) for row in rows])
+    table(
+        ("KV heads", "context", "KV MiB", "tokens", "kernels", "ms a token", "CPU ms a token"),
+        [tuple(row.values()) for row in rows],
+    )
     labels = [(f"{r['kv_heads']} of {HEADS} heads, {r['context']} tokens", r["ms_a_token"]) for r in rows]
     bars(given.figure, "Decoding, ms a token (fastest), random weights, resident", labels)
     emit("mqa", rows, seed=given.seed)
 
 
-def _point(folder: Path, context: int, tokens: int) -> dict[str, float]:
+def _point(folder: Path, context: int, tokens: int) -> dict[str, Any]:
     """The fastest of the tokens decoded behind a prompt of `context` tokens: on the clock, and in processor time."""
     with fc.load(folder, stream="never", context=context + tokens + 1) as engine:
         prompt = [(7 * i) % 4000 + 1 for i in range(context)]
@@ -57,10 +61,13 @@ def _point(folder: Path, context: int, tokens: int) -> dict[str, float]:
             (time.perf_counter(), time.process_time())
             for _ in engine.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
         ]
-        steps = list(zip(marks, marks[1:], strict=False))
+        kernels = engine.report().to_dict()["kernels"]
+        steps = list(itertools.pairwise(marks))
         size = engine.config.kv_bytes_per_token * context / 2**20
     return {
         "kv_mib": size,
+        "tokens": len(marks),
+        "kernels": kernels,
         "ms_a_token": min(b[0] - a[0] for a, b in steps) * 1e3,
         "cpu_ms_a_token": min(b[1] - a[1] for a, b in steps) * 1e3,
     }
