@@ -17,6 +17,12 @@ FIGURES: dict[str, tuple[str, str, str]] = {
     ),
     "experts": ("experts", "what an expert cache and guesses ahead find and earn", "2312.17238"),
     "speculative": ("speculative", "what drafts bring where weights stream", "2211.17192"),
+    "moe-losses": ("moe_losses", "what the importance and load losses do to balance and perplexity", "1701.06538"),
+    "moe-experts": ("moe_experts", "perplexity against the number of experts at equal compute", "1701.06538"),
+    "mod": ("mod", "Mixture-of-Depths beside dense models of equal compute, and what it skips", "2404.02258"),
+    "gqa": ("gqa", "mean, first and random conversion of heads, before and after uptraining", "2305.13245"),
+    "mqa": ("mqa", "KV bytes and time a token against key/value heads and context", "1911.02150"),
+    "tune": ("tune", "instruction tuning with the router, the experts or nothing frozen", "2305.14705"),
 }
 
 

@@ -16,7 +16,8 @@ from flashinfer_cli.cli.reference import reference
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flashinfer_cli"
 COMMANDS = (
-    "generate", "chat", "inspect", "plan", "bundle", "calibrate", "profile", "evaluate", "replay", "train", "zoo"
+    "generate", "chat", "inspect", "plan", "bundle", "calibrate", "profile", "evaluate", "replay", "train",
+    "tune", "convert-heads", "zoo",
 )  # fmt: skip
 
 # In the order of the data: each imports only what stands in a line above its own, or in its own folder.

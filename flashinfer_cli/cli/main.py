@@ -17,12 +17,14 @@ from ..errors import GenaiRunError
 from .calibrate import calibrate
 from .chat import chat
 from .console import Console, OutputClosedError
+from .convert_heads import convert_heads
 from .generate import generate
 from .options import spread
 from .replay import replay
 from .running import INTERRUPTED
 from .studies import bundle, evaluate, inspect, plan, profile
 from .train import several, train
+from .tune import tune
 from .zoo import zoo
 
 NAME = "genai-run"
@@ -36,7 +38,7 @@ for _command, _panel in (
     (generate, "Run"), (chat, "Run"),
     (inspect, "Prepare"), (plan, "Prepare"), (bundle, "Prepare"), (calibrate, "Prepare"),
     (profile, "Measure"), (evaluate, "Measure"), (replay, "Measure"),
-    (train, "Train"), (zoo, "Train"),
+    (train, "Train"), (tune, "Train"), (convert_heads, "Train"), (zoo, "Train"),
 ):  # fmt: skip
     app.command(rich_help_panel=_panel)(spread(_command))
 
@@ -64,7 +66,7 @@ def run(argv: list[str]) -> int:
     try:
         return int(
             app(
-                args=several(argv) if argv[:1] == ["train"] else argv or ["--help"],
+                args=several(argv) if argv[:1] in (["train"], ["convert-heads"]) else argv or ["--help"],
                 prog_name=NAME,
                 standalone_mode=False,
             )

@@ -52,6 +52,11 @@ def write_folder(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
     ):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=False))
+    write_weights(model, out)
+
+
+def write_weights(model: Decoder, out: Path) -> None:
+    """Write model.safetensors, under a temporary name first."""
     temporary = out / "model.safetensors.tmp"
     temporary.write_bytes(save(checkpoint_tensors(model), metadata={"format": "pt"}))
     temporary.replace(out / "model.safetensors")

@@ -69,11 +69,12 @@ def read_corpus(recipe: Recipe, texts: Sequence[Path], tokenizer: Tokenizer | No
 class Training:
     """A run: the model, its optimizer, the step it is at, and the folder it lives in."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, out: Path) -> None:
+    def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, start: Decoder | None = None) -> None:
+        """`start` is a model to go on with rather than new weights."""
         self.recipe, self.corpus, self.out = recipe, corpus, out
         self.state_file, self.log_file = out / STATE / "state.pt", out / "loss.jsonl"
         torch.manual_seed(recipe.seed)
-        self.model = Decoder(recipe.shape)
+        self.model = Decoder(recipe.shape) if start is None else start
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -86,6 +87,8 @@ class Training:
         self.step = 0
         self.seconds = 0.0  # of training, over all its runs
         identity = json.dumps(asdict(recipe), sort_keys=True).encode() + corpus.train.stream.tobytes()
+        if start is not None:
+            identity += b"".join(p.detach().numpy().tobytes() for p in start.parameters())
         self.identity = hashlib.sha256(identity).hexdigest()
         self._resume()
 
@@ -141,7 +144,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         weight = self.control.weight if self.control is not None and self.control.start >= 0 else 0.0
-        loss, figures, _ = total_loss(self.model, self.corpus.train(self.step), recipe, weight)
+        loss, figures = self._loss(weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
@@ -155,6 +158,10 @@ class Training:
         if self.step % LOOK_EVERY == 0 or self.step == recipe.steps:
             figures["held_out"] = self._look()
         return figures | {"learning_rate": rate}
+
+    def _loss(self, l1: float) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, figures, _ = total_loss(self.model, self.corpus.train(self.step), self.recipe, l1)
+        return loss, figures
 
     def _look(self) -> float:
         windows, seen = [], 0

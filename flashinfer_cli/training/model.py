@@ -115,12 +115,13 @@ class MoeFfn(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, inner, width))
         self.w2 = nn.Parameter(torch.empty(experts, width, inner))
         self.act = ACTIVATIONS[shape.hidden_act]
+        self.noisy = True  # the gate draws noise while training; a checkpoint does not keep how much
 
     def forward(self, x: torch.Tensor, aux: Aux) -> torch.Tensor:
         shape, flat = self.shape, x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):  # the gate is decided in float32
             wide = flat.float()
-            noise = F.linear(wide, self.noise) if self.training else None
+            noise = F.linear(wide, self.noise) if self.training and self.noisy else None
             gates = gating.noisy_top_k(F.linear(wide, self.gate), noise, shape.num_experts_per_tok)
         aux.importance.append(gating.importance_loss(gates))
         aux.load.append(gating.load_loss(gates))

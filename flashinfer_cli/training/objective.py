@@ -45,12 +45,16 @@ class SparsityControl:
 
 
 def total_loss(
-    model: Decoder, batch: torch.Tensor, recipe: Recipe, l1: float
+    model: Decoder, batch: torch.Tensor, recipe: Recipe, l1: float, targets: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, float], Aux]:
-    """Token ids [B, T + 1] -> (the loss to descend, figures of the step, what the layers left)."""
+    """Token ids [B, T + 1] -> (the loss to descend, figures of the step, what the layers left).
+
+    `targets` [B, T] stand for the next tokens where not all of them count; -100 is left out.
+    """
     with torch.autocast(batch.device.type, torch.bfloat16):
         logits, aux = model(batch[:, :-1])
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        wanted = batch[:, 1:] if targets is None else targets
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
     loss, figures = nats, {"loss": nats.item()}
     if aux.magnitude:
         figures["sparsity"] = 1 - mean(aux.active).item()

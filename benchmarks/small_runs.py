@@ -1,0 +1,99 @@
+"""What the figures about training share: small runs in memory, on one thread, the same each time for a seed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashinfer_cli import zoo
+from flashinfer_cli.apps.train import read_tokenizer
+from flashinfer_cli.training.loop import Corpus, Training, read_corpus
+from flashinfer_cli.training.model import Aux
+from flashinfer_cli.training.objective import held_out_nats
+from flashinfer_cli.training.recipes import Recipe
+from flashinfer_cli.training.shape import Shape
+
+SHAPE = Shape(hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+NOWHERE = Path("/nonexistent")  # a run in memory has no folder; nothing is written
+JUDGED = 8  # batches of held-out text
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run at its end: nats a held-out token (decided causally), seconds a step, what the layers left, the run."""
+
+    nats: float
+    seconds: float
+    aux: Aux
+    training: Training
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats)
+
+
+def arguments(argv: list[str], about: str, **defaults: Any) -> argparse.Namespace:
+    """--data, --steps, --seed and --figure, which all of them know."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers", description=about)
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="text, documents apart by <|endoftext|>")
+    parser.add_argument("--steps", type=int, default=defaults.get("steps", 500))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--figure", type=Path, help="where to write the SVG")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    return given
+
+
+def small(shape: dict[str, Any], steps: int, seed: int, **changes: Any) -> Recipe:
+    """A recipe of `steps` steps of 8 sequences of 128 tokens."""
+    shaped = replace(SHAPE, **shape)
+    changes = {"warmup": max(1, min(50, steps // 5)), "seed": seed} | changes
+    return Recipe("small", "", shaped, tokens=steps * 1024, sequence=128, **changes)
+
+
+def corpus_of(recipe: Recipe, texts: list[Path]) -> Corpus:
+    """The text in the zoo's tokens."""
+    return read_corpus(recipe, texts, read_tokenizer(zoo.path_of(zoo.DEFAULT)))
+
+
+def judge(training: Training) -> tuple[float, Aux]:
+    """(nats a token, what the layers left) on the first held-out batches."""
+    windows = training.corpus.held_out[:JUDGED]
+    nats, aux = held_out_nats(training.model, windows)
+    return nats / sum(w[:, 1:].numel() for w in windows), aux
+
+
+def run(recipe: Recipe, corpus: Corpus) -> Found:
+    """Train from the recipe's seed to its last step, and judge."""
+    training = Training(recipe, corpus, NOWHERE)
+    times = []
+    for _ in range(recipe.steps):
+        begin = time.perf_counter()
+        training.advance()
+        times.append(time.perf_counter() - begin)
+    nats, aux = judge(training)
+    print(f"{recipe.steps} steps: {nats:.4f} nats a token", file=sys.stderr, flush=True)
+    return Found(nats, sorted(times)[len(times) // 2], aux, training)
+
+
+def balance(aux: Aux) -> tuple[float, float, float]:
+    """(CV of importance, CV of load, busiest expert over the mean), the mean of layers, over all judged tokens."""
+    chosen = torch.stack([c for c in aux.chosen if len(c)]).sum(0)
+    cv = chosen.std(-1, correction=0) / chosen.mean(-1)
+    importance = torch.stack([i for i in aux.importance if len(i)]).mean().sqrt()
+    return float(importance), float(cv.mean()), float((chosen.max(-1).values / chosen.mean(-1)).mean())
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row) + " |", flush=True)

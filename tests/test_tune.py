@@ -1,0 +1,100 @@
+"""Instruction tuning: rows, targets, what is frozen, resuming, and a folder that chats and stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flashinfer_cli as fc
+from flashinfer_cli import zoo
+from flashinfer_cli.apps.tune import tune
+from flashinfer_cli.cli import main
+from flashinfer_cli.errors import UsageError
+from flashinfer_cli.tokenizer import Tokenizer
+from flashinfer_cli.training.dialogue import IGNORED, Example, collate, read_rows
+from flashinfer_cli.training.load import load_decoder
+
+MODEL = zoo.path_of("stories-moe")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    colours = ("red", "blue", "green", "white")
+    lines = [
+        {"instruction": f"What colour is ball {i}?", "output": f"The ball is {colours[i % 4]}."} for i in range(80)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{not json", "is not JSON"),
+        ('["a"]', "is not an object"),
+        ('{"instruction": "a"}', "no text under 'output'"),
+        ('{"instruction": 3, "output": "b"}', "no text under 'instruction'"),
+        ('{"instruction": "a", "input": 4, "output": "b"}', "no text under 'input'"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(line, said, tmp_path, capsys):
+    good = '{"instruction": "a", "output": "b"}'
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n\n{line}\n{good}\n")
+    assert main.run(["tune", str(MODEL), str(tmp_path / "out"), "--data", str(tmp_path / "bad.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "Line 3 of" in error and said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_are_the_answers_and_their_stop():
+    ids, targets = collate([Example((7, 8, 9, 5, 6, 0), 3), Example((7, 4, 0), 1)])
+    assert ids.tolist() == [[7, 8, 9, 5, 6, 0], [7, 4, 0, 0, 0, 0]]
+    x = IGNORED
+    assert targets.tolist() == [[x, x, 5, 6, 0], [4, 0, x, x, x]]
+
+
+def test_input_follows_the_instruction(tmp_path):
+    row = {"instruction": "Say it again.", "input": "Hello.", "output": "Hello."}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    assert read_rows(tmp_path / "rows.jsonl")[0].question == "Say it again.\nHello."
+
+
+def test_a_folder_comes_back_as_the_model_it_was():
+    model = load_decoder(MODEL).eval()
+    ids = [0, 5, 300, 77, 12, 900, 41]
+    with torch.no_grad(), fc.load(MODEL, stream="never") as engine:
+        assert (model(torch.tensor([ids]))[0][0] - engine.logits(ids)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("freeze", "still", "moved"), [("router", "gate.weight", ".w1."), ("experts", ".w1.", "gate.weight")]
+)
+def test_what_is_frozen_keeps_its_bits(freeze, still, moved, rows, tmp_path):
+    assert tune(MODEL, tmp_path / "out", rows, steps=2, batch=2, freeze=freeze, threads=1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (MODEL, tmp_path / "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before if still in name)
+    assert any(not torch.equal(before[name], after[name]) for name in before if moved in name)
+
+
+def test_interrupted_and_resumed_is_the_same_and_it_chats(rows, tmp_path):
+    options = {"steps": 12, "batch": 4, "learning_rate": 3e-3, "threads": 1}
+    found = tune(MODEL, tmp_path / "whole", rows, **options)
+    calls = iter([False] * 5 + [True] * 99)
+    assert tune(MODEL, tmp_path / "parts", rows, **options, stop=lambda: next(calls)) is None
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    again = tune(MODEL, tmp_path / "parts", rows, **options)
+    assert again["after"] == found["after"]
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    assert found["after"]["nats"] < found["before"]["nats"] - 1
+    assert found["after"]["stop_probability"] > found["before"]["stop_probability"]
+    assert len(found["after"]["use"]) == 4 and abs(sum(found["after"]["use"][0]) - 1) < 0.01
+    tokenizer = Tokenizer.from_folder(tmp_path / "whole")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]).endswith("### Answer:\n")
+    with pytest.raises(UsageError, match="exists"):
+        tune(MODEL, tmp_path / "whole", rows, **options)
