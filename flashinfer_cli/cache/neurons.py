@@ -198,14 +198,15 @@ class Pinned:
         self.homes: dict[int, tuple[list[torch.Tensor], int]] = {}  # layer -> (records by slice, records a slice)
         self.trace: Tracing | None = None
 
-    def here(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        return self.fetch(index, ids)
-
     def fetch(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        homes, step = self.homes[index]
         if self.trace is not None:
             self.trace.demand("decode", index, ids[None])
         self.recorder.cache(len(ids), 0)
+        return self.here(index, ids)
+
+    def here(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """As `fetch`, but nothing is noted."""
+        homes, step = self.homes[index]
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
             where = torch.from_numpy(block).to(homes[0].device)
