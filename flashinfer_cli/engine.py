@@ -137,7 +137,7 @@ class Engine:
         )
         try:
             feed = Feed(self.store, self.device, self.recorder)
-            rt = Runtime(self.kernels, feed, self.recorder)
+            rt = Runtime(self.kernels, feed, self.recorder, threads=threads)
             with self.recorder.during("load", 0):
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")

@@ -22,6 +22,7 @@ class Kernels(Protocol):
     """
 
     name: str
+    own_threads: bool  # they do not compute on torch's
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         """out[:, start : start + rows] = x @ weight.T for x [T, cols], weight uint8 [rows, row bytes], out float32

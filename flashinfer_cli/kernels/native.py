@@ -23,6 +23,7 @@ class NumbaKernels:
     """
 
     name = "numba"
+    own_threads = True
 
     def __init__(self, threads: int | None = None) -> None:
         self._pool = Pool(compiled(), threads or usable_cores())

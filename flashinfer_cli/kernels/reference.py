@@ -65,6 +65,7 @@ class ReferenceKernels:
     """`Kernels` in plain torch; scratch is about TILE_BYTES, however large the weights."""
 
     name = "reference"
+    own_threads = False
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         for tile in _tiles(weight.shape[0], x.shape[1]):

@@ -12,6 +12,7 @@ from .norm import Norm
 from .rope import Rope
 
 SCORE_BYTES = 8 << 20  # most scratch for one block of scores
+LONG = 1 << 19  # keys' and values' elements that are worth all of torch's threads while decoding
 
 
 def attend(
@@ -111,16 +112,18 @@ class Attention:
                 held = keys.shape[1] - tokens
                 rows = (
                     self._attend(
-                        q[t : t + 1].clone(), keys[:, : held + t + 1], values[:, : held + t + 1], start + t + 1
+                        q[t : t + 1].clone(), keys[:, : held + t + 1], values[:, : held + t + 1], start + t + 1, rt
                     )
                     for t in range(tokens)
                 )
                 mixed = torch.cat(list(rows))
             else:
-                mixed = self._attend(q, keys, values, rope_length)
+                mixed = self._attend(q, keys, values, rope_length, rt)
         return self.out(mixed, rt)
 
-    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope_length: int) -> torch.Tensor:
+    def _attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope_length: int, rt: Runtime
+    ) -> torch.Tensor:
         """q [T, heads, hd] are the last T of the keys' positions -> [T, heads * hd].
 
         Where the rotation changes with the length, keys are kept unrotated, and all is turned here.
@@ -130,7 +133,13 @@ class Attention:
             cos, sin = self.rope.cos_sin(here, rope_length)
             q = self.rope.apply(q, cos[-len(q) :], sin[-len(q) :])
             keys = self.rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
-        return attend(q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap)
+        long = rt.mode.decoding and 2 * keys.numel() > LONG
+        if long:
+            rt.share_cores(little=False)
+        mixed = attend(q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap)
+        if long:
+            rt.share_cores(little=True)
+        return mixed
 
     def _project(self, x: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outs = [projection(x, rt) for projection in self.projections]

@@ -138,6 +138,7 @@ class Decoder:
         kv.check_room(tokens)
         end = kv.length + tokens
         rt.recorder.layer = -1
+        rt.share_cores(little=rt.mode.decoding)
         x = self.embedding(ids, rt)
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale
