@@ -2,11 +2,12 @@
 
 Every system decodes the same random tokens with the same weights, alone, in a fresh memory cgroup of a share of the
 weights' size, its files cold; memory-mapped peers run at Linux's own readahead (128 KB) and at this machine's, and the
-better one counts. The bound is the larger of two times: bytes that cannot stay under the cap over the drive's rate, and
-all weights over the memory's rate.
+better one counts (we read past the page cache, where readahead has no say). The bound is the larger of two times: bytes
+that cannot stay under the cap over the drive's rate, and all weights over the memory's rate. Its rate is taken
+before and after each run, as others use it too.
 
     python -m benchmarks.peers --folder DIR [--models qwen-1.5b llama-3g] [--caps 0.5 0.25] [--systems ours llama.cpp]
-                               [--kind BF16|Q8_0|Q4_0] [--peer-python PYTHON]
+                               [--kind BF16|Q8_0|Q4_0] [--peer-python PYTHON] [--repeat N]
 
 DIR keeps the checkpoints: synthetic ones are written there when first asked for, a real one is a Hugging Face folder
 DIR/NAME. --peer-python is an interpreter that has llama-cpp-python (or transformers and accelerate).
@@ -27,7 +28,7 @@ from .gguf_files import write
 
 DEFAULT_READAHEAD = 128  # KB: Linux's own
 QUANTIZED = {"Q8_0": "int8", "Q4_0": "int4"}  # the bundle that faces a GGUF of that kind
-MOST = 0.94  # of the cap: what our budget may take, the rest being page cache and the kernel's own
+MOST = 0.96  # of the cap: what our budget may take, the rest being page cache and the kernel's own
 
 
 def weight_bytes(path: Path) -> int:
@@ -72,7 +73,15 @@ def run(
 
 
 def compare(
-    name: str, folder: Path, caps: list[float], systems: list[str], kind: str, python: str, tokens: int, prompt: int
+    name: str,
+    folder: Path,
+    caps: list[float],
+    systems: list[str],
+    kind: str,
+    python: str,
+    tokens: int,
+    prompt: int,
+    repeat: int,
 ) -> list[dict[str, Any]]:
     """All runs of one model, printed as they come."""
     source = checkpoint(name, folder)
@@ -81,39 +90,40 @@ def compare(
         files["llama.cpp"] = write(source, source.with_name(f"{name}-{kind}.gguf"), Kind[kind])
     threads = len(os.sched_getaffinity(0))
     memory, rows = machine.memory_bandwidth(threads), []
+    sample = next(iter(sorted(source.glob("*.safetensors"))))
     for share in caps:
         size = weight_bytes(files.get("llama.cpp", source))
         cap = None if share >= 1 else int(share * size)
-        drive = machine.drive_rate(next(iter(sorted(source.glob("*.safetensors")))))
         must = 0 if cap is None else size - cap
-        bound = 1 / max(must / drive, size / memory)
         print(
-            f"\n{name} {kind}: {size / 1e9:.2f} GB, {'no cap' if cap is None else f'cap {cap / 1e9:.2f} GB'}; drive "
-            f"{drive / 1e9:.2f} GB/s, memory {memory / 1e9:.1f} GB/s; bound {bound:.2f} tok/s",
+            f"\n{name} {kind}: {size / 1e9:.2f} GB, {'no cap' if cap is None else f'cap {cap / 1e9:.2f} GB'}; memory "
+            f"{memory / 1e9:.1f} GB/s",
             flush=True,
         )
-        for system in systems:
-            tried: list[dict[str, Any]] = []
-            for kb in (None, DEFAULT_READAHEAD) if system != "accelerate" and cap is not None else (None,):
-                row = {"model": name, "kind": kind, "cap": cap, "share": share, "system": system, "bound_tok_s": bound}
+        drive = machine.drive_rate(sample)
+        for system in systems * repeat:
+            for kb in (None, DEFAULT_READAHEAD) if system == "llama.cpp" and cap is not None else (None,):
+                row = {"model": name, "kind": kind, "cap": cap, "share": share, "system": system}
                 try:
                     got = run(
                         system, sys.executable if system == "ours" else python, files[system], cap, tokens, prompt, kb
                     )
-                    row |= got | {"drive_bytes_s": drive}
-                    own = max(got["bytes_per_token"] / drive, size / memory)
-                    print(
-                        f"  {system:10} readahead {got['readahead_kb']:>5} KB  {got['tok_s']:6.2f} tok/s  "
-                        f"{got['bytes_per_token'] / 1e6:8.0f} MB a token  peak {got['peak_charge'] / 1e9:.2f} GB  "
-                        f"{got['tok_s'] / bound:4.0%} of the bound, {got['tok_s'] * own:4.0%} of its own reads' bound  "
-                        f"prompt {got['prefill_tok_s']:.1f} tok/s",
-                        flush=True,
-                    )
                 except cgroup.CappedError as error:
-                    row |= {"error": str(error)}
+                    rows.append(row | {"error": str(error)})
                     print(f"  {system:10} {error}", flush=True)
-                tried.append(row)
-            rows += tried
+                    continue
+                before, drive = drive, machine.drive_rate(sample)
+                rate = (before + drive) / 2
+                bound = 1 / max(must / rate, size / memory)
+                own = 1 / max(got["bytes_per_token"] / rate, size / memory)
+                rows.append(row | got | {"drive_bytes_s": rate, "bound_tok_s": bound})
+                print(
+                    f"  {system:10} readahead {got['readahead_kb']:>5} KB  {got['tok_s']:6.2f} tok/s  "
+                    f"{got['bytes_per_token'] / 1e6:8.0f} MB a token  peak {got['peak_charge'] / 1e9:.2f} GB  "
+                    f"drive {rate / 1e9:.2f} GB/s: bound {bound:.2f} tok/s, {got['tok_s'] / bound:4.0%} of it, "
+                    f"{got['tok_s'] / own:4.0%} of what its own reads allow  prompt {got['prefill_tok_s']:.1f} tok/s",
+                    flush=True,
+                )
     return rows
 
 
@@ -129,11 +139,20 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each system, in turns")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in given.models:
         rows += compare(
-            name, given.folder, given.caps, given.systems, given.kind, given.peer_python, given.tokens, given.prompt
+            name,
+            given.folder,
+            given.caps,
+            given.systems,
+            given.kind,
+            given.peer_python,
+            given.tokens,
+            given.prompt,
+            given.repeat,
         )
     machine.emit("peers", rows)
 
