@@ -66,6 +66,7 @@ def ours(model: str, prompt: int, tokens: int, memory: int | None, threads: int)
         report = engine.report()
         return found | {
             "budget": report.budget,
+            "chunk": engine.plan.chunk,
             "peak_bytes": report.peak,
             "read_GB_s": report.decode.read_bytes_per_second / 1e9,
             "hidden": report.decode.overlap,

@@ -20,7 +20,7 @@ from flashinfer_cli import kernels as package
 from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
 from flashinfer_cli.kernels import Kernels, select
 from flashinfer_cli.kernels.activations import ACTIVATIONS
-from flashinfer_cli.kernels.jobs import ACTS, BLOCKS, DIRECT_BLOCKS
+from flashinfer_cli.kernels.jobs import ACTS, BLOCK_COLS, BLOCK_TOKENS, BLOCKS, DIRECT_BLOCKS
 
 SCALES = {  # byte offsets of the float16 fields of a block
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -159,6 +159,21 @@ def test_bits_do_not_depend_on_tokens_threads_or_slices(numba: Kernels, fmt: str
     out = torch.empty(8, rows)
     alone.linear(x[:8], stored, fmt, out, 0)
     assert torch.equal(out, single[:8])
+
+
+@pytest.mark.parametrize("fmt", ["F32", "BF16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_blocks_of_columns_change_no_bit(numba: Kernels, fmt: str, blocks: int) -> None:
+    """Many tokens go through the columns in blocks; a token alone does not."""
+    rows, cols = 39, blocks * BLOCK_COLS + (0 if fmt in BLOCKS else 21)
+    stored, values = weights(fmt, rows, cols)
+    tokens = BLOCK_TOKENS + 29
+    x, out, single = torch.randn(tokens, cols), torch.empty(tokens, rows + 2), torch.empty(1, rows)
+    numba.linear(x, stored, fmt, out, 1)
+    close(out[:, 1:-1], x.double().numpy() @ values.T, np.abs(x.numpy()) @ np.abs(values.T))
+    for t in (0, 1, BLOCK_TOKENS - 1, BLOCK_TOKENS, tokens - 1):
+        numba.linear(x[t : t + 1], stored, fmt, single, 0)
+        assert torch.equal(out[t, 1:-1], single[0])
 
 
 def records_of(fmt: str, n: int, d: int, gated: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -55,10 +55,15 @@ class NumbaKernels:
             wanted = min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -2
             # many tokens: enough rows at once that the activations are not fetched again for every few
             chunk = max(2, wanted, group if tokens > 1 else 0)
-            scratch = space.reserve(group * cols * space.threads)
+            own = group * cols
+            if tokens >= jobs.MANY_TOKENS:
+                group = jobs.BLOCK_ROWS
+                chunk = max(group, min(wanted, -(-rows // (4 * space.threads))) // group * group)
+                own = group * (jobs.BLOCK_COLS + jobs.PADDING // 4 + jobs.BLOCK_TOKENS * jobs.SUMS)
+            scratch = space.reserve(own * space.threads)
             space.run(
                 jobs.LINEAR, jobs.CODES[fmt], tokens, rows, cols, weight.data_ptr(), width, x.data_ptr(),
-                out.data_ptr() + 4 * start, 4 * total, chunk, scratch, 4 * group * cols, 0, 0, 0, group, 0,
+                out.data_ptr() + 4 * start, 4 * total, chunk, scratch, 4 * own, 0, 0, 0, group, 0,
             )  # fmt: skip
         finally:
             self._pool.release(shared)

@@ -8,8 +8,19 @@ from typing import Any
 from numba import float32, njit
 
 from .dots import MOST_ROWS, MOST_TOKENS, convert, dot, mix, variant
-from .jobs import CODES, DIRECT_BLOCKS, DIRECT_NEURONS, DIRECT_TOKENS, GATED, PADDING
+from .jobs import (
+    BLOCK_COLS,
+    BLOCK_TOKENS,
+    CODES,
+    DIRECT_BLOCKS,
+    DIRECT_NEURONS,
+    DIRECT_TOKENS,
+    GATED,
+    MANY_TOKENS,
+    PADDING,
+)
 from .memory import load_float, store_float
+from .tiles import TILE_ROWS, TILE_TOKENS, VECTOR, tile, tile_variant
 
 F32 = CODES["F32"]
 BLOCKS_FROM = CODES["BF16"] + 1  # formats from this code on come in blocks
@@ -20,6 +31,7 @@ CONVERTED_FROM = BLOCKS_FROM + len(DIRECT_BLOCKS)  # and from this code on there
 
 compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 choose = compiled(variant)
+choose_tile = compiled(tile_variant)
 
 
 @compiled
@@ -79,6 +91,58 @@ def converted(code: Any, row: Any, pitch: Any, rows: Any, n: Any, out: Any, stri
 
 
 @compiled
+def _blocked(
+    code: Any,
+    rows: Any,
+    cols: Any,
+    weight: Any,
+    width: Any,
+    x: Any,
+    tokens: Any,
+    out: Any,
+    stride: Any,
+    scratch: Any,
+    group: Any,
+) -> None:
+    """out[t, r] = row[r] . x[t] for many tokens: `group` rows, BLOCK_TOKENS tokens and BLOCK_COLS columns at a time.
+
+    scratch: float32 rows [group, BLOCK_COLS] with PADDING bytes between, then partial sums [BLOCK_TOKENS, group, 16].
+    """
+    pitch = 4 * BLOCK_COLS + PADDING
+    lanes, line = scratch + group * pitch, VECTOR * group
+    for first in range(0, rows, group):
+        some = min(group, rows - first)
+        for begin in range(0, tokens, BLOCK_TOKENS):
+            end = min(begin + BLOCK_TOKENS, tokens)
+            for k in range(0, cols, BLOCK_COLS):
+                n = min(BLOCK_COLS, cols - k)
+                place = (1 if k == 0 else 0) + (2 if k + n == cols else 0)
+                converted(code, weight + first * width + k * width // cols, width, some, n, scratch, pitch)
+                r = 0
+                while r < some:
+                    few = TILE_ROWS if some - r >= TILE_ROWS else 1
+                    t = begin
+                    while t < end:
+                        left = end - t
+                        many = TILE_TOKENS if left >= TILE_TOKENS else 3 if left >= 3 else 1
+                        tile(
+                            choose_tile(few, many),
+                            scratch + r * pitch,
+                            pitch,
+                            x + 4 * (cols * t + k),
+                            4 * cols,
+                            n,
+                            lanes + line * (t - begin) + VECTOR * r,
+                            line,
+                            out + stride * t + 4 * (first + r),
+                            stride,
+                            place,
+                        )
+                        t += many
+                    r += few
+
+
+@compiled
 def linear(
     code: Any,
     rows: Any,
@@ -94,6 +158,9 @@ def linear(
 ) -> None:
     if code < CONVERTED_FROM and tokens <= DIRECT_TOKENS:
         _dots(code, weight, width, rows, x, tokens, cols, out, stride, 1 if code < BLOCKS_FROM else MOST_ROWS)
+        return
+    if tokens >= MANY_TOKENS:
+        _blocked(code, rows, cols, weight, width, x, tokens, out, stride, scratch, group)
         return
     if code == F32:
         _dots(code, weight, width, rows, x, tokens, cols, out, stride, MOST_ROWS)
