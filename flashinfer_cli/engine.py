@@ -137,7 +137,7 @@ class Engine:
         )
         try:
             feed = Feed(self.store, self.device, self.recorder)
-            rt = Runtime(self.kernels, feed, self.recorder, threads=threads)
+            rt = Runtime(self.kernels, feed, self.recorder, threads=threads, resident=self.plan.everything_fits)
             with self.recorder.during("load", 0):
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")

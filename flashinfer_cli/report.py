@@ -67,6 +67,22 @@ class Step:
     bytes_read: int
 
 
+class _Computing:
+    """`Recorder.computing`; a class, since some five hundred a token make a generator's cost felt."""
+
+    __slots__ = ("recorder", "start")
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.recorder._add(1, time.perf_counter() - self.start)
+
+
 class Recorder:
     """The counters of one engine. I/O threads call `io` and `busy`; all else is called by the computing thread."""
 
@@ -124,12 +140,9 @@ class Recorder:
         yield
         self._add(0, time.perf_counter() - start)
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> _Computing:
         """Time spent in kernels."""
-        start = time.perf_counter()
-        yield
-        self._add(1, time.perf_counter() - start)
+        return _Computing(self)
 
     def _add(self, what: int, seconds: float) -> None:
         count = self.phases[self.phase]

@@ -24,6 +24,11 @@ class Kernels(Protocol):
     name: str
     own_threads: bool  # they do not compute on torch's
 
+    def keep_cores(self, keep: bool) -> None:
+        """Whether threads of its own may stay awake between products: no reading, and nothing of torch's, wants their
+        cores."""
+        ...
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         """out[:, start : start + rows] = x @ weight.T for x [T, cols], weight uint8 [rows, row bytes], out float32
         [T, N]."""

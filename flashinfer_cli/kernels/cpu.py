@@ -28,6 +28,7 @@ from .jobs import (
     MISSED,
     NEXT,
     OPEN,
+    PATIENCE,
     PIPE_IN,
     PIPE_OUT,
     POOL_BYTES,
@@ -50,7 +51,7 @@ from .memory import (
 )
 from .products import F32, choose, compiled, converted, linear, neurons
 
-SPINS = 3000  # turns of waiting before a worker sleeps: about 100 us, the gap between two products of a small model
+SPINS = 3000  # turns of waiting for workers that have joined, before the rest of the machine is given a chance
 # Waking a sleeper costs its caller some 20 us and is worth it once it has missed this much, in one job or in several.
 WAKE_BYTES = 1 << 20
 ADD_UP_CHUNK = 16 << 10  # floats of the sums of an FFN's chunks that are added up together
@@ -93,7 +94,7 @@ def _serve(pool: Any, worker: Any) -> None:
     while atomic_load(pool + STOP) == 0:
         if atomic_load(pool + SEQUENCE) == done:
             spins += 1
-            if spins < SPINS:
+            if spins < load_int(pool + PATIENCE):
                 pause()
                 continue
             atomic_add(pool + SLEEPERS, 1)

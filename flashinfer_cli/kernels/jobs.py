@@ -24,6 +24,7 @@ SLEEPERS = 192  # marks of workers that went to sleep
 STOP = 256  # not zero: workers return
 PIPE_IN, PIPE_OUT, THREADS = 320, 328, 336
 MISSED = 344  # bytes of jobs since somebody went to sleep
+PATIENCE = 352  # turns that a worker waits for the next job before it sleeps
 JOB = 384
 JOB_WORDS = 18
 POOL_BYTES = JOB + 8 * JOB_WORDS
@@ -37,6 +38,9 @@ DIRECT_TOKENS = 3  # up to which rows go straight from memory into the products
 DIRECT_NEURONS = 4  # of records in blocks that are then worked on together
 MANY_TOKENS = 24  # from which on a product goes through its columns in blocks
 BLOCK_COLS, BLOCK_TOKENS, BLOCK_ROWS = 768, 96, 32  # of float32 at once: 96, 288 and, with the partial sums, 192 KiB
+# Turns of waiting, some 30 ns each: the gap between products of a small model, where reading wants the cores too, or
+# one in which torch works, where nothing is read.
+BRIEF, LONG = 3000, 60_000
 SUMS = 16  # partial sums a dot product has
 PADDING = 64  # bytes between such rows of an FFN: rows of 2^n bytes would all want the same few lines of a cache
 FFN_CHUNK_BYTES = 288 << 10  # of neurons' records handed out together, but

@@ -36,6 +36,10 @@ class NumbaKernels:
         """Compute on so many threads, the caller's included, from now on."""
         self._pool.resize(threads)
 
+    def keep_cores(self, keep: bool) -> None:
+        """Keep the workers awake between products."""
+        self._pool.wait_long(keep)
+
     def close(self) -> None:
         """Stop the workers; calls after that compute on their callers."""
         self._pool.close()

@@ -42,6 +42,7 @@ class Workspace:
         self.address = -(-self._memory.ctypes.data // 64) * 64
         self._words = self._memory[self.address - self._memory.ctypes.data :][: jobs.POOL_BYTES].view(np.int64)
         self._job = self.address - self._memory.ctypes.data + jobs.JOB
+        self._words[jobs.PATIENCE // 8] = jobs.BRIEF
         self._scratch = np.empty(0, np.float32)
         self._scratch_address = 0
         self.started = False
@@ -60,6 +61,15 @@ class Workspace:
         """Compute one job, given by its JOB_WORDS words (`cpu.enter` names them)."""
         _pack(self._memory, self._job, *words)
         self._enter(self.address, 0)
+
+    @property
+    def patience(self) -> int:
+        """Turns that workers wait for the next job before they sleep."""
+        return int(self._words[jobs.PATIENCE // 8])
+
+    @patience.setter
+    def patience(self, turns: int) -> None:
+        self._words[jobs.PATIENCE // 8] = turns
 
     def start(self) -> None:
         """Start the workers; until then every job is computed by its caller alone."""
@@ -111,13 +121,22 @@ class Pool:
     def _forget(self) -> None:
         """A forked child has none of the threads: begin anew, when it first computes."""
         self._lock = threading.Lock()
-        self._shared = Workspace(self._enter, self._shared.threads)
+        self._renew(self._shared.threads)
 
     def resize(self, threads: int) -> None:
         with self._lock:
             if threads != self._shared.threads:
                 self._shared.stop()
-                self._shared = Workspace(self._enter, threads)
+                self._renew(threads)
+
+    def _renew(self, threads: int) -> None:
+        patience = self._shared.patience
+        self._shared = Workspace(self._enter, threads)
+        self._shared.patience = patience
+
+    def wait_long(self, long: bool) -> None:
+        """Whether workers wait for the next job through what torch does between two: no one else wants their cores."""
+        self._shared.patience = jobs.LONG if long else jobs.BRIEF
 
     def close(self) -> None:
         """Stop the workers; jobs after that run on their callers."""

@@ -67,6 +67,9 @@ class ReferenceKernels:
     name = "reference"
     own_threads = False
 
+    def keep_cores(self, keep: bool) -> None:
+        """It has no threads of its own."""
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         for tile in _tiles(weight.shape[0], x.shape[1]):
             out[:, start + tile.start : start + tile.stop] = _times(x, to_float(weight[tile], fmt).T)

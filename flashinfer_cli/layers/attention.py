@@ -102,8 +102,10 @@ class Attention:
                 q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
             start, rope = kv.length, self.rope
             if rope is not None and not rope.varies:
-                here = torch.arange(start, start + tokens, device=x.device) if positions is None else positions
-                cos, sin = rope.cos_sin(here, rope_length)
+                if positions is None:
+                    cos, sin = rope.run(start, tokens, rope_length)
+                else:
+                    cos, sin = rope.cos_sin(positions, rope_length)
                 q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
             assert positions is None or rope is None or not rope.varies
             skipped = None if positions is None else positions.tolist()

@@ -33,6 +33,7 @@ class Runtime:
     recorder: Recorder
     mode: Mode = field(default_factory=Mode)
     threads: int | None = None  # torch's, where there is much to do; None leaves them as they are
+    resident: bool = False  # all weights stay: no reading wants a core
 
     def share_cores(self, little: bool) -> None:
         """Leave torch one thread where there is `little` for it: a second one wakes up late, and then spins on the core
@@ -40,6 +41,7 @@ class Runtime:
         """
         if self.threads is not None:
             torch.set_num_threads(1 if little and self.kernels.own_threads else self.threads)
+        self.kernels.keep_cores(little and self.resident)
 
     def apart(self, work: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
         """`work` of tensors [T, ...] -> [T, ...]; while decoding of each row by itself.

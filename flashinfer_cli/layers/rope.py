@@ -31,6 +31,7 @@ class Rope:
         self.varies = config.rope_type in ("dynamic", "longrope")
         self.attention_factor = _attention_factor(config)
         self._kept: tuple[Hashable, torch.Tensor] | None = None
+        self._run: tuple[Hashable, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def regime(self, seq_len: int) -> Hashable:
         """Equal for two lengths exactly when their frequencies are the same."""
@@ -51,6 +52,14 @@ class Rope:
                 freq = freq / torch.tensor(self.config.freq_factors, dtype=torch.float32)
             self._kept = (regime, freq.to(self.device))
         return self._kept[1]
+
+    def run(self, start: int, count: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`cos_sin` of positions start, ..., start + count - 1; kept for the layers that ask for the same."""
+        asked = (start, count, self.regime(seq_len))
+        if self._run is None or self._run[0] != asked:
+            here = torch.arange(start, start + count, device=self.device)
+            self._run = (asked, self.cos_sin(here, seq_len))
+        return self._run[1]
 
     def cos_sin(self, positions: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions int64 [T] of a sequence of `seq_len` -> cos and sin, float32 [T, rotary_dim / 2], on their device.
