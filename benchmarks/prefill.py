@@ -77,7 +77,7 @@ def measure(
             )
             print(
                 f"  {system:10} readahead {got['readahead_kb']:>5} KB  {got['prefill_s']:6.2f} s  "
-                f"{got['prefill_tok_s']:6.1f} tok/s  {got['prefill_bytes'] / 1e9:5.2f} GB read, {again:.2f} of the file "
+                f"{got['prefill_tok_s']:6.1f} tok/s  {got['prefill_bytes'] / 1e9:5.2f} GB read, {again:.2f} of it "
                 f"a chunk, {chunks} chunks  peak {got['peak_charge'] / 1e9:.2f} GB  bound: reading {reading:.2f} s at "
                 f"{drive / 1e9:.2f} GB/s, computing {computing:.2f} s at {multiply / 1e9:.0f} GFLOP/s; "
                 f"{bound / got['prefill_s']:.0%} of it",
