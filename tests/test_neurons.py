@@ -113,6 +113,10 @@ def test_slots_go_where_they_are_wanted():
 # ------------------------------------------------------------------ reads
 
 
+def address(buffer: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return buffer.ctypes.data + rows * buffer.shape[1]
+
+
 @pytest.mark.parametrize(("direct", "batched"), [("auto", True), ("auto", False), ("never", True)])
 def test_records_land_in_their_rows(tmp_path, direct, batched):
     """Handed to the kernel in batches, or read one by one."""
@@ -127,7 +131,7 @@ def test_records_land_in_their_rows(tmp_path, direct, batched):
             ids = np.flatnonzero(random.random(count) < share)
             rows = random.permutation(count)[: len(ids)]
             buffer = allocate(count * width).reshape(count, width)
-            store.read_records(tmp_path / "f", base, width, ids, rows, buffer, "neuron").wait()
+            store.read_records(tmp_path / "f", base, width, ids, address(buffer, rows), (buffer,), "neuron").wait()
             assert (buffer[rows] == content[ids]).all()
             left = np.setdiff1d(np.arange(count), rows)
             assert not buffer[left].any()  # nothing is written where nothing was asked for
@@ -141,7 +145,7 @@ def test_neighbours_and_small_gaps_are_one_read(tmp_path):
     with FlashStore(recorder) as store:
         buffer = allocate(100 * 512).reshape(100, 512)
         ids = np.array([0, 1, 2, 5, 60, 61])
-        store.read_records(tmp_path / "f", 4096, 512, ids, np.arange(6), buffer, "neuron").wait()
+        store.read_records(tmp_path / "f", 4096, 512, ids, address(buffer, np.arange(6)), (buffer,), "neuron").wait()
     count = recorder.reads["load", "neuron"]
     assert (count.requests, count.useful, count.bytes) == (2, 6 * 512, 8 * 512)
 
@@ -152,7 +156,8 @@ def test_a_file_that_has_shrunk_is_told(tmp_path):
         with FlashStore(Recorder()) as store:
             store.batched = batched
             buffer = allocate(200 * 512).reshape(200, 512)
-            ticket = store.read_records(tmp_path / "f", 0, 512, np.arange(0, 200, 40), np.arange(5), buffer, "neuron")
+            ids = np.arange(0, 200, 40)
+            ticket = store.read_records(tmp_path / "f", 0, 512, ids, address(buffer, ids), (buffer,), "neuron")
             with pytest.raises(CorruptCheckpointError, match="shrunk"):
                 ticket.wait()
 

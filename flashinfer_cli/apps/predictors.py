@@ -47,7 +47,9 @@ class Whitened:
     """
 
     def __init__(self, x: torch.Tensor, gate: torch.Tensor, most: int = 256) -> None:
-        covariance = (x.T @ x / len(x)).double()
+        covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        for rows in (part.double() for part in x.split(BATCH)):  # in float32 one strong direction drowns the weak ones
+            covariance.addmm_(rows.T, rows, alpha=1 / len(x))
         covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())  # fewer tokens than d leave it singular
         self.gate, self.root = gate, torch.linalg.cholesky(covariance).float()
         generator = torch.Generator().manual_seed(0)

@@ -125,12 +125,13 @@ class Pieces:
 
 
 def lay_out(
-    ids: np.ndarray, rows: np.ndarray, width: int, base: int, gap: int, buffer: np.ndarray, waste: np.ndarray
-) -> Pieces:
-    """Records `ids`, ascending, into `rows` of `buffer` [n, width], in as few reads as gaps of up to `gap` records
-    allow; what is between them goes to `waste`. Work by arrays: nothing is done record by record."""
+    ids: np.ndarray, addresses: np.ndarray, width: int, base: int, gap: int, memory: tuple[np.ndarray, ...],
+    waste: np.ndarray,
+) -> Pieces:  # fmt: skip
+    """Records `ids`, ascending, to `addresses`, in as few reads as gaps of up to `gap` records allow; what is between
+    them goes to `waste`. Work by arrays: nothing is done record by record."""
     count = len(ids)
-    ids, rows = np.asarray(ids, np.int64), np.asarray(rows, np.int64)
+    ids = np.asarray(ids, np.int64)
     skipped = np.diff(ids, prepend=ids[:1]) - 1  # records between one and the one before it
     starts = skipped > gap
     starts[:1] = True
@@ -141,13 +142,13 @@ def lay_out(
     slot = np.cumsum(through) + place  # of a record's view, behind that of the gap before it
     views = np.zeros(count + int(through.sum()), IOVEC)
     views["base"], views["len"] = waste.ctypes.data, width
-    views["base"][slot] = buffer.ctypes.data + rows * width
+    views["base"][slot] = addresses
     views["len"][slot[through] - 1] = skipped[through] * width
     begin = np.flatnonzero(starts)
     first = np.append((slot - through)[begin], len(views))
     last = np.append(begin[1:], count)[: len(begin)] - 1
     sizes = (ids[last] - ids[begin] + 1) * width
-    return Pieces(base + ids[begin] * width, sizes, first, views, (buffer, waste))
+    return Pieces(base + ids[begin] * width, sizes, first, views, (*memory, waste))
 
 
 def _one_by_one(fd: int, pieces: Pieces) -> np.ndarray:
@@ -391,20 +392,22 @@ class FlashStore:
         base: int,
         width: int,
         ids: np.ndarray,
-        slots: np.ndarray,
-        buffer: np.ndarray,
+        addresses: np.ndarray,
+        memory: tuple[np.ndarray, ...],
         kind: str,
         *,
         urgent: bool = True,
     ) -> Ticket:
-        """Read records `ids`, ascending, `width` bytes each, from `base` on in a file into rows `slots` of `buffer`.
+        """Read records `ids`, ascending, `width` bytes each, from `base` on in a file to where `addresses` say.
 
-        buffer uint8 [rows, width]. Records whose neighbours are wanted too come in one read, scattered to their slots;
-        so do those a small gap apart, the gap going to a place of its own. Reads are dealt to a few threads in batches,
-        each of which hands its own to the kernel at once (`aio`), or goes through them one by one. `base` and `width` are multiples of SECTOR. What is `urgent` goes before all that is queued.
+        ids and addresses int64 [n]; `memory` is what the addresses stand in, which must live until then. Records whose
+        neighbours are wanted too come in one read, scattered to their places; so do those a small gap apart, the gap
+        going to a place of its own. Reads are dealt to a few threads in batches, each of which hands its own to the
+        kernel at once (`aio`), or goes through them one by one. `base` and `width` are multiples of SECTOR. What is
+        `urgent` goes before all that is queued.
         """
         gap = max(0, GAP_BYTES // width)
-        pieces = lay_out(ids, slots, width, base, gap, buffer, self._waste(gap * width))
+        pieces = lay_out(ids, addresses, width, base, gap, memory, self._waste(gap * width))
         count = len(pieces)
         ticket = Ticket(kind, tuple(pieces.sizes.tolist()), len(ids) * width)
         batches = max(1, min(self.threads, RECORD_BATCHES, count // RECORD_BATCH_LEAST)) if count else 0
