@@ -60,13 +60,13 @@ def our_file(source: Path, kind: str) -> Path:
 
 
 def run(
-    system: str, python: str, model: Path, cap: int | None, tokens: int, prompt: int, kb: int | None
+    system: str, python: str, model: Path, cap: int | None, tokens: int, prompt: int, kb: int | None, most: float
 ) -> dict[str, Any]:
     """One run of one system; without a cap it has all the memory there is."""
     command = [python, "-m", "benchmarks.run_one", system, str(model), "--tokens", str(tokens), "--prompt", str(prompt)]
     limit = cap or 1 << 40
     if system == "ours" and cap is not None:
-        command += ["--memory", str(int(MOST * cap))]
+        command += ["--memory", str(int(most * cap))]
     if system == "accelerate" and cap is not None:
         command += ["--memory", str(int(0.5 * cap))]  # it does not count its activations, nor what it reads in
     with cgroup.readahead(model, kb) as found:
@@ -93,6 +93,7 @@ def compare(
     prompt: int,
     repeat: int,
     bundle: Path | None = None,
+    most: float = MOST,
 ) -> list[dict[str, Any]]:
     """All runs of one model, printed as they come."""
     source = checkpoint(name, folder)
@@ -117,7 +118,14 @@ def compare(
                 row = {"model": name, "kind": kind, "cap": cap, "share": share, "system": system}
                 try:
                     got = run(
-                        system, sys.executable if system == "ours" else python, files[system], cap, tokens, prompt, kb
+                        system,
+                        sys.executable if system == "ours" else python,
+                        files[system],
+                        cap,
+                        tokens,
+                        prompt,
+                        kb,
+                        most,
                     )
                 except cgroup.CappedError as error:
                     rows.append(row | {"error": str(error)})
@@ -163,6 +171,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=8)
     parser.add_argument("--bundle", type=Path, help="what we run of the one model: a calibrated bundle, sparse")
+    parser.add_argument("--budget", type=float, default=MOST, metavar="SHARE", help="our --memory, of the cap")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each system, in turns")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -178,6 +187,7 @@ def main() -> None:
             given.prompt,
             given.repeat,
             given.bundle,
+            given.budget,
         )
     machine.emit("peers", rows)
 
