@@ -106,12 +106,14 @@ class _All:
 
     def __init__(self, tickets: list[Ticket], join: Callable[[], None]) -> None:
         self.tickets, self.join = tickets, join
-        self.ready, self.error = False, None
+        self.ready, self.error = False, None  # of a wait before
 
     def wait(self) -> None:
-        for ticket in self.tickets:
-            ticket.wait()
-        self.join()
+        if not self.ready:
+            for ticket in self.tickets:
+                ticket.wait()
+            self.join()
+            self.ready = True
 
 
 def in_parts(parts: dict[tuple[Path, int], list[NeuronFile]]) -> type[NeuronCache]:
@@ -120,25 +122,38 @@ def in_parts(parts: dict[tuple[Path, int], list[NeuronFile]]) -> type[NeuronCach
     staging: dict[str, np.ndarray] = {}
 
     class PartedCache(NeuronCache):
-        def read(self, file: NeuronFile, ids: np.ndarray, rows: np.ndarray, into: np.ndarray, urgent: bool) -> Any:
+        under_way: tuple[_All, ...] = ()
+
+        def read(
+            self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...], urgent: bool
+        ) -> Any:
+            for ticket in self.under_way:  # all have the same places to come to
+                ticket.wait()
             tickets, buffers = [], []
             for part in parts[file.path, file.base]:
                 if part.path.suffix not in staging:
                     staging[part.path.suffix] = allocate(NEURON_BLOCK * part.width).reshape(NEURON_BLOCK, part.width)
                 buffer = staging[part.path.suffix]
-                at = np.arange(len(ids))
+                at = buffer.ctypes.data + part.width * np.arange(len(ids))
                 tickets.append(
-                    self.store.read_records(part.path, part.base, part.width, ids, at, buffer, "neuron", urgent=urgent)
+                    self.store.read_records(
+                        part.path, part.base, part.width, ids, at, (buffer,), "neuron", urgent=urgent
+                    )
                 )
                 buffers.append(buffer)
 
             def join() -> None:
-                place = 0
-                for buffer in buffers:
-                    into[rows, place : place + buffer.shape[1]] = buffer[: len(ids)]
-                    place += buffer.shape[1]
+                for into in memory:
+                    at = addresses - into.ctypes.data
+                    mine = np.flatnonzero((at >= 0) & (at < into.nbytes))
+                    place = 0
+                    for buffer in buffers:
+                        into[at[mine] // file.width, place : place + buffer.shape[1]] = buffer[mine]
+                        place += buffer.shape[1]
 
-            return _All(tickets, join)
+            ticket = _All(tickets, join)
+            self.under_way = (ticket,)
+            return ticket
 
     return PartedCache
 

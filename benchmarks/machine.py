@@ -38,6 +38,44 @@ def drive_rate(file: Path) -> float:
     return measure(file).bytes_per_second
 
 
+def scattered_rate(file: Path, request_bytes: int, seconds: float = 1.0) -> float:
+    """Bytes a second of direct reads of one size at random places, 4 KiB aligned, handed to the kernel in batches of
+    hundreds, as a layer's neurons are; by two threads, one where there is no io_submit."""
+    import threading
+
+    import numpy as np
+
+    from flashinfer_cli.device import allocate
+    from flashinfer_cli.store.aio import DEPTH, IOVEC, Aio
+
+    size = max(4096, round(request_bytes / 4096) * 4096)
+    done = [0, 0]
+
+    def work(index: int) -> None:
+        aio, draw = Aio.open(), np.random.default_rng(index)
+        fd, buffer = os.open(file, os.O_RDONLY | os.O_DIRECT), allocate(8 * DEPTH * size)
+        views = np.zeros(8 * DEPTH, IOVEC)
+        views["base"], views["len"] = buffer.ctypes.data + size * np.arange(8 * DEPTH), size
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            places = np.sort(draw.integers(0, (file.stat().st_size - size) // 4096, 8 * DEPTH)) * 4096
+            if aio is None:
+                done[index] += sum(os.preadv(fd, [buffer[:size]], place) for place in places.tolist())
+            else:
+                done[index] += int(aio.read(fd, places, np.arange(8 * DEPTH + 1), views).sum())
+        if aio is not None:
+            aio.close()
+        os.close(fd)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - begin)
+
+
 def describe() -> dict[str, Any]:
     """The machine in a few words."""
     names = [

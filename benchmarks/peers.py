@@ -7,10 +7,12 @@ that cannot stay under the cap over the drive's rate, and all weights over the m
 before and after each run, as others use it too.
 
     python -m benchmarks.peers --folder DIR [--models qwen-1.5b llama-3g] [--caps 0.5 0.25] [--systems ours llama.cpp]
-                               [--kind BF16|Q8_0|Q4_0] [--peer-python PYTHON] [--repeat N]
+                               [--kind BF16|Q8_0|Q4_0] [--peer-python PYTHON] [--repeat N] [--bundle CALIBRATED]
 
 DIR keeps the checkpoints: synthetic ones are written there when first asked for, a real one is a Hugging Face folder
-DIR/NAME. --peer-python is an interpreter that has llama-cpp-python (or transformers and accelerate).
+DIR/NAME. With --bundle the peers run the model as it is and we its calibrated bundle, which reads the neurons that
+predictors name (LLM in a Flash): `--models arcee-relu-3g --kind F16 --bundle DIR/calibrated`. --peer-python is an
+interpreter that has llama-cpp-python (or transformers and accelerate).
 """
 
 from __future__ import annotations
@@ -58,18 +60,26 @@ def our_file(source: Path, kind: str) -> Path:
 
 
 def run(
-    system: str, python: str, model: Path, cap: int | None, tokens: int, prompt: int, kb: int | None
+    system: str, python: str, model: Path, cap: int | None, tokens: int, prompt: int, kb: int | None, most: float
 ) -> dict[str, Any]:
     """One run of one system; without a cap it has all the memory there is."""
     command = [python, "-m", "benchmarks.run_one", system, str(model), "--tokens", str(tokens), "--prompt", str(prompt)]
     limit = cap or 1 << 40
     if system == "ours" and cap is not None:
-        command += ["--memory", str(int(MOST * cap))]
+        command += ["--memory", str(int(most * cap))]
     if system == "accelerate" and cap is not None:
         command += ["--memory", str(int(0.5 * cap))]  # it does not count its activations, nor what it reads in
     with cgroup.readahead(model, kb) as found:
         env = {"PYTHONPATH": str(Path(__file__).parents[1])}
         return cgroup.run_capped(command, limit, [model], env=env) | {"readahead_kb": found}
+
+
+def trace_bound(bundle: Path, asked: dict[str, float], drive: float) -> dict[str, float]:
+    """What the trace needs, at the drive's rates: neurons at that of requests of their size, slices at `drive`."""
+    file = max(bundle.glob("neurons-*.safetensors"), key=lambda path: path.stat().st_size)
+    scattered = machine.scattered_rate(file, round(asked["neuron_bytes"] / asked["neuron_requests"]))
+    seconds = asked["neuron_bytes"] / scattered + asked["slice_bytes"] / drive
+    return {"scattered_bytes_s": scattered, "trace_bound_tok_s": 1 / seconds}
 
 
 def compare(
@@ -82,10 +92,12 @@ def compare(
     tokens: int,
     prompt: int,
     repeat: int,
+    bundle: Path | None = None,
+    most: float = MOST,
 ) -> list[dict[str, Any]]:
     """All runs of one model, printed as they come."""
     source = checkpoint(name, folder)
-    files = {"ours": our_file(source, kind), "accelerate": source}
+    files = {"ours": bundle or our_file(source, kind), "accelerate": source}
     if "llama.cpp" in systems:
         files["llama.cpp"] = write(source, source.with_name(f"{name}-{kind}.gguf"), Kind[kind])
     threads = len(os.sched_getaffinity(0))
@@ -106,7 +118,14 @@ def compare(
                 row = {"model": name, "kind": kind, "cap": cap, "share": share, "system": system}
                 try:
                     got = run(
-                        system, sys.executable if system == "ours" else python, files[system], cap, tokens, prompt, kb
+                        system,
+                        sys.executable if system == "ours" else python,
+                        files[system],
+                        cap,
+                        tokens,
+                        prompt,
+                        kb,
+                        most,
                     )
                 except cgroup.CappedError as error:
                     rows.append(row | {"error": str(error)})
@@ -114,6 +133,9 @@ def compare(
                     continue
                 before, drive = drive, machine.drive_rate(sample)
                 rate = (before + drive) / 2
+                asked = got.get("per_token", {})
+                if asked.get("neuron_requests"):
+                    row |= trace_bound(files[system], asked, rate)
                 bound = 1 / max(must / rate, size / memory)
                 own = 1 / max(got["bytes_per_token"] / rate, size / memory)
                 rows.append(row | got | {"drive_bytes_s": rate, "bound_tok_s": bound})
@@ -124,6 +146,15 @@ def compare(
                     f"{got['tok_s'] / own:4.0%} of what its own reads allow  prompt {got['prefill_tok_s']:.1f} tok/s",
                     flush=True,
                 )
+                if "trace_bound_tok_s" in row:
+                    print(
+                        f"  {'':10} {asked['neuron_requests']:.0f} reads of neurons a token, "
+                        f"{asked['neuron_bytes'] / 1e6:.1f} MB, at {row['scattered_bytes_s'] / 1e6:.0f} MB/s for their "
+                        f"size, and {asked['slice_bytes'] / 1e6:.1f} MB of slices: at most "
+                        f"{row['trace_bound_tok_s']:.2f} tok/s, this is {got['tok_s'] / row['trace_bound_tok_s']:.0%}; "
+                        f"waiting {got['wait_share']:.0%}, computing {got['compute_share']:.0%} of the time",
+                        flush=True,
+                    )
     return rows
 
 
@@ -139,6 +170,8 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=8)
+    parser.add_argument("--bundle", type=Path, help="what we run of the one model: a calibrated bundle, sparse")
+    parser.add_argument("--budget", type=float, default=MOST, metavar="SHARE", help="our --memory, of the cap")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each system, in turns")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -153,6 +186,8 @@ def main() -> None:
             given.tokens,
             given.prompt,
             given.repeat,
+            given.bundle,
+            given.budget,
         )
     machine.emit("peers", rows)
 

@@ -64,7 +64,17 @@ def ours(model: str, prompt: int, tokens: int, memory: int | None, threads: int)
 
         found = timed(lambda ids: (session.prefill(ids, more=True), None)[1], step, prompt, tokens)
         report = engine.report()
+        decoded = [io for io in report.io if io["phase"] == "decode"]
+        per_token = {
+            f"{kind}_{what}": sum(io[what] for io in decoded if io["kind"] == kind) / tokens
+            for kind in ("slice", "neuron")
+            for what in ("bytes", "useful", "requests")
+        }
         return found | {
+            "exactness": report.exactness,
+            "per_token": per_token,
+            "wait_share": report.decode.wait_seconds / report.decode.seconds,
+            "hit_ratio": report.decode.hits / max(1, report.decode.hits + report.decode.misses),
             "budget": report.budget,
             "chunk": engine.plan.chunk,
             "peak_bytes": report.peak,

@@ -172,12 +172,22 @@ def make_plan(
         pinned, ring, demand = (True,) * len(sizes.slices), 0, 0
         left -= all_slices if card is None else 0
     else:
-        left -= ring
-        more = min(max(0, RING_SLICES * largest - ring), left // 4)
+        often = (
+            sum(s for s, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom) if sizes.neurons else 0
+        )
+        spare = max(0, demand - RING_LEAST * largest)
+        if sizes.neurons and often <= left + spare:
+            # Nothing streams but prompts' neurons: all that every token needs stays, if need be at the cost of how far
+            # those are read ahead; what is left is for neurons.
+            if often > left:
+                demand, left = demand - spare, left + spare
+            ring, more, seldom_room = 0, 0, often
+        else:
+            left -= ring
+            more = min(max(0, RING_SLICES * largest - ring), left // 4)
+            seldom_room = room if card is not None else left - more
         ring, left = ring + more, left - more
-        seldom_room = left if card is None else room
         if sizes.neurons:  # what every token needs first, then as many neurons as there is room for
-            often = sum(s for s, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom)
             seldom_room = min(seldom_room, often)
         pinned = pin(sizes, seldom_room)
         left -= sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p) if card is None else 0

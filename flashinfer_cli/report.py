@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -101,15 +101,15 @@ class Recorder:
         self.wasted_bytes = 0  # read ahead of need and never used
 
     # ---- I/O threads
-    def io(self, kind: str, sizes: tuple[int, ...], useful: int) -> None:
+    def io(self, kind: str, sizes: Sequence[int], useful: int) -> None:
         """Count a batch of read requests that has ended: the bytes of each, and how many of all were asked for."""
         with self._lock:
             count = self.reads[self.phase, kind]
             count.requests += len(sizes)
             count.bytes += sum(sizes)
             count.useful += useful
-            for size in sizes:
-                self.sizes[1 << max(size - 1, 1).bit_length()] += 1
+            for size, many in Counter(sizes).items():
+                self.sizes[1 << max(size - 1, 1).bit_length()] += many
 
     def busy(self, seconds: float) -> None:
         """Add time during which at least one read was under way."""

@@ -21,6 +21,7 @@ from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
 from flashinfer_cli.kernels import Kernels, select
 from flashinfer_cli.kernels.activations import ACTIVATIONS
 from flashinfer_cli.kernels.jobs import ACTS, BLOCK_COLS, BLOCK_TOKENS, BLOCKS, DIRECT_BLOCKS
+from flashinfer_cli.kernels.listed import Listed
 
 SCALES = {  # byte offsets of the float16 fields of a block
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -224,6 +225,30 @@ def test_ffn_bits_do_not_depend_on_tokens_or_threads(numba: Kernels, fmt: str, g
             out = torch.zeros(tokens, d)
             chosen.ffn_records(x[:tokens], records, fmt, gated, "silu", None, out)
             assert torch.equal(out, single[:tokens])
+
+
+@pytest.mark.parametrize("fmt", ["F16", *DIRECT_BLOCKS, "Q4_K"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_listed_records_give_the_bits_of_records_side_by_side(numba: Kernels, fmt: str, gated: bool) -> None:
+    """Wherever they stand: in two buffers, in any order, one of them twice."""
+    d = 96 if fmt in PLAIN else 256
+    records, _ = records_of(fmt, 333, d, gated)
+    width = records.shape[1]
+    shuffled = torch.randperm(333)
+    homes = records[shuffled[:200]].numpy().copy(), records[shuffled[200:]].numpy().copy()
+    place = np.argsort(shuffled.numpy())
+    wanted = np.append(np.flatnonzero(np.arange(333) % 3 > 0), 4)
+    addresses = np.where(
+        place < 200, homes[0].ctypes.data + place * width, homes[1].ctypes.data + (place - 200) * width
+    )
+    listed = Listed(np.ascontiguousarray(addresses[wanted]), width, homes)
+    assert torch.equal(listed.gather(), records[wanted])
+    for tokens in (1, 2, 3, 5):
+        x, out, want = torch.randn(tokens, d), torch.zeros(tokens, d), torch.zeros(tokens, d)
+        bias = None, torch.randn(len(wanted))
+        numba.ffn_records(x, records[wanted].contiguous(), fmt, gated, "relu2", bias, want)
+        numba.ffn_records(x, listed, fmt, gated, "relu2", bias, out)
+        assert torch.equal(out, want) and want.any()
 
 
 def test_ffn_in_several_passes_over_many_tokens(numba: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from flashinfer_cli.cache.trace import read_trace
 from flashinfer_cli.cache.window import Window, deal, make_policy
 from flashinfer_cli.config import NEURON_POLICIES
 from flashinfer_cli.device import allocate
-from flashinfer_cli.errors import BundleError
+from flashinfer_cli.errors import BundleError, CorruptCheckpointError
 from flashinfer_cli.layers.demand import Oracle
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import make_plan
@@ -113,19 +113,25 @@ def test_slots_go_where_they_are_wanted():
 # ------------------------------------------------------------------ reads
 
 
-@pytest.mark.parametrize("direct", ["auto", "never"])
-def test_records_land_in_their_rows(tmp_path, direct):
+def address(buffer: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return buffer.ctypes.data + rows * buffer.shape[1]
+
+
+@pytest.mark.parametrize(("direct", "batched"), [("auto", True), ("auto", False), ("never", True)])
+def test_records_land_in_their_rows(tmp_path, direct, batched):
+    """Handed to the kernel in batches, or read one by one."""
     width, base, count = 512, 4096, 3000
     content = np.random.default_rng(1).integers(0, 255, (count, width), np.uint8)
     (tmp_path / "f").write_bytes(bytes(base) + content.tobytes())
     random = np.random.default_rng(2)
     recorder = Recorder()
     with FlashStore(recorder, direct=direct) as store:
+        store.batched = batched
         for share in (0.002, 0.05, 0.5, 1.0):
             ids = np.flatnonzero(random.random(count) < share)
             rows = random.permutation(count)[: len(ids)]
             buffer = allocate(count * width).reshape(count, width)
-            store.read_records(tmp_path / "f", base, width, ids, rows, buffer, "neuron").wait()
+            store.read_records(tmp_path / "f", base, width, ids, address(buffer, rows), (buffer,), "neuron").wait()
             assert (buffer[rows] == content[ids]).all()
             left = np.setdiff1d(np.arange(count), rows)
             assert not buffer[left].any()  # nothing is written where nothing was asked for
@@ -139,9 +145,21 @@ def test_neighbours_and_small_gaps_are_one_read(tmp_path):
     with FlashStore(recorder) as store:
         buffer = allocate(100 * 512).reshape(100, 512)
         ids = np.array([0, 1, 2, 5, 60, 61])
-        store.read_records(tmp_path / "f", 4096, 512, ids, np.arange(6), buffer, "neuron").wait()
+        store.read_records(tmp_path / "f", 4096, 512, ids, address(buffer, np.arange(6)), (buffer,), "neuron").wait()
     count = recorder.reads["load", "neuron"]
     assert (count.requests, count.useful, count.bytes) == (2, 6 * 512, 8 * 512)
+
+
+def test_a_file_that_has_shrunk_is_told(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(100 * 512))
+    for batched in (True, False):
+        with FlashStore(Recorder()) as store:
+            store.batched = batched
+            buffer = allocate(200 * 512).reshape(200, 512)
+            ids = np.arange(0, 200, 40)
+            ticket = store.read_records(tmp_path / "f", 0, 512, ids, address(buffer, ids), (buffer,), "neuron")
+            with pytest.raises(CorruptCheckpointError, match="shrunk"):
+                ticket.wait()
 
 
 # ------------------------------------------------------------------ the model

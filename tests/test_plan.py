@@ -105,3 +105,35 @@ def test_spread_keeps_within_and_fills(sizes: list[int], room: int) -> None:
 def test_spread_is_even() -> None:
     chosen = spread([10] * 100, 500)
     assert all(sum(chosen[i : i + 10]) == 5 for i in range(0, 100, 10))
+
+
+def sparse(count: int = 40) -> Sizes:
+    """Every second slice is of neurons that predictors name, 8 MiB each."""
+    return Sizes(
+        always=MiB, slices=(8 * MiB,) * count, kv_per_token=30_000, scratch=lambda chunk: chunk * 100_000,
+        seldom=tuple(i % 2 == 1 for i in range(count)), demand=64 * MiB, neurons=count // 2 * 8 * MiB,
+        neuron_block=8 * MiB,
+    )  # fmt: skip
+
+
+def test_what_every_token_needs_stays_before_anything_is_read_ahead() -> None:
+    """Where neurons are read on demand, a ring for the rest is of use only while the rest does not fit."""
+    sizes = sparse()
+    often = sum(size for size, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom)
+    with pytest.raises(BudgetError) as refused:
+        plan(sizes, PROCESS)
+    whole = False
+    for budget in range(refused.value.least, refused.value.least + 700 * MiB, 4 * MiB):
+        made = plan(sizes, budget)
+        assert sum(part.planned for part in made.parts) <= budget
+        stays = all(kept for kept, seldom in zip(made.pinned, sizes.seldom, strict=True) if not seldom)
+        assert stays >= whole, "more memory, and less of it stays"
+        whole = stays
+        assert made.everything_fits or made.demand_bytes >= 16 * MiB
+        assert (made.ring_bytes == 0) == stays
+        if stays and not made.everything_fits:  # nothing was left lying about
+            free = budget - sum(part.planned for part in made.parts)
+            assert free < 8 * MiB or made.neuron_bytes == sizes.neurons
+        if budget < refused.value.least + often - 64 * MiB:
+            assert not stays
+    assert whole

@@ -1,8 +1,8 @@
 """The neuron cache of LLM in a Flash (2312.11514, 3.3): one preallocated matrix a layer, a row a neuron record.
 
 A row holds gate row, up row and down column of a neuron, so that one read brings all of it. What a token adds is read
-into rows that are free or that others leave; the order of neurons in the matrix does not matter, because those of a
-token are gathered by id.
+into rows that are free or that others leave. The order of neurons in the matrix does not matter, because those of a
+token are computed on by a list of where they stand, in the order of their ids; none is copied.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..config import NEURON_STAGES
 from ..device import Device, allocate
+from ..kernels.listed import Listed
 from ..report import Recorder
 from ..store.flash import FlashStore, Ticket
 from .window import NeuronPolicy
+
+Block = tuple[np.ndarray, "Listed | torch.Tensor"]  # ids, and their records
 
 
 class Tracing(Protocol):
@@ -46,6 +50,15 @@ class _Layer:
         self.rows = allocate(policy.capacity * file.width).reshape(policy.capacity, file.width)
         self.slot = np.full(file.count, -1, np.int64)  # by id; -1: not here
         self.free = list(range(policy.capacity - 1, -1, -1))
+
+    def address(self, rows: np.ndarray) -> np.ndarray:
+        return self.rows.ctypes.data + rows * self.file.width
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Free slots for as many of `ids` as there are: (those that got one, in their order)."""
+        ids = ids[: len(self.free)]
+        self.slot[ids] = [self.free.pop() for _ in range(len(ids))]
+        return ids
 
 
 @dataclass
@@ -80,18 +93,17 @@ class NeuronCache:
         self.layers = {layer: _Layer(file, policies[layer]) for layer, file in files.items()}
         self.trace: Tracing | None = None
         width = max(file.width for file in files.values())
-        self._active = allocate(block * width)
-        self._staging = [allocate(block * width) for _ in range(2 * guesses)]  # one being used, one being filled
+        # where what is read and not to stay is computed on: a place for each block on its way
+        self._passing = [allocate(block * width) for _ in range(NEURON_STAGES)]
+        self._staging = [allocate(NEURON_STAGES * block * width) for _ in range(2 * guesses)]  # in use, being filled
         self._reads: list[Ticket | None] = [None] * len(self._staging)  # the last into each
         self._guess: _Guess | None = None
 
     @property
     def nbytes(self) -> int:
         """All buffers: slots, and what is on its way."""
-        return (
-            self._active.nbytes
-            + sum(buffer.nbytes for buffer in self._staging)
-            + sum(layer.rows.nbytes for layer in self.layers.values())
+        return sum(buffer.nbytes for buffer in (*self._passing, *self._staging)) + sum(
+            layer.rows.nbytes for layer in self.layers.values()
         )
 
     @property
@@ -99,9 +111,12 @@ class NeuronCache:
         """Slots by layer."""
         return {index: layer.policy.capacity for index, layer in self.layers.items()}
 
-    def read(self, file: NeuronFile, ids: np.ndarray, rows: np.ndarray, into: np.ndarray, urgent: bool) -> Ticket:
-        """Begin to read records `ids`, ascending, into `rows` of `into`."""
-        return self.store.read_records(file.path, file.base, file.width, ids, rows, into, "neuron", urgent=urgent)
+    def read(
+        self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...], urgent: bool
+    ) -> Ticket:
+        """Begin to read records `ids`, ascending, to `addresses`, which stand in rows of `memory`."""
+        where = file.path, file.base, file.width
+        return self.store.read_records(*where, ids, addresses, memory, "neuron", urgent=urgent)
 
     def fetch(self, index: int, ids: np.ndarray) -> Fetch:
         """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order."""
@@ -123,20 +138,21 @@ class NeuronCache:
     def guess(self, index: int, ids: np.ndarray) -> None:
         """Layer `index` will be asked for about these next (ascending): read those that are not here, behind all else.
 
-        Of a guess larger than a block, the rest is left to the demand.
+        Of a guess larger than the room for it, the rest is left to the demand.
         """
         if not self._staging:
             return
         self._settle(-1, ids[:0])
         layer = self.layers[index]
-        absent = ids[layer.slot[ids] < 0][: self.block]
+        room, width = NEURON_STAGES * self.block, layer.file.width
+        absent = ids[layer.slot[ids] < 0][:room]
         if len(absent):
             self._staging.reverse()
             self._reads.reverse()
             if self._reads[0] is not None:  # one that came out wrong may still be under way to there
                 self._reads[0].wait()
-            rows = self._staging[0][: self.block * layer.file.width].reshape(self.block, layer.file.width)
-            ticket = self.read(layer.file, absent, np.arange(len(absent)), rows, False)
+            rows = self._staging[0][: room * width].reshape(room, width)
+            ticket = self.read(layer.file, absent, rows.ctypes.data + width * np.arange(len(absent)), (rows,), False)
             self._reads[0] = ticket
             self._guess = _Guess(index, absent, rows, ticket)
 
@@ -181,13 +197,17 @@ class NeuronCache:
             layer.rows[taken] = records.numpy()[wanted]
             layer.slot[start + wanted] = taken
 
-    def here(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """Those of neurons `ids` that are in memory, as `fetch` hands them out. Reads nothing, and nothing is noted."""
         layer = self.layers[index]
         ids = ids[layer.slot[ids] >= 0]
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
-            yield block, self.device.put(torch.from_numpy(layer.rows[layer.slot[block]]))
+            yield block, self.hand_out(Listed(layer.address(layer.slot[block]), layer.file.width, (layer.rows,)))
+
+    def hand_out(self, records: Listed) -> Listed | torch.Tensor:
+        """Where kernels find them: on the host where they stand, on a card as copies."""
+        return records if self.device.is_host else self.device.put(records.gather())
 
 
 class Pinned:
@@ -198,17 +218,23 @@ class Pinned:
         self.homes: dict[int, tuple[list[torch.Tensor], int]] = {}  # layer -> (records by slice, records a slice)
         self.trace: Tracing | None = None
 
-    def fetch(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def fetch(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         if self.trace is not None:
             self.trace.demand("decode", index, ids[None])
         self.recorder.cache(len(ids), 0)
         return self.here(index, ids)
 
-    def here(self, index: int, ids: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """As `fetch`, but nothing is noted."""
         homes, step = self.homes[index]
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
+            if self.device.is_host:
+                bases = np.array([home.data_ptr() for home in homes])
+                width = homes[0].shape[1]
+                memory = tuple(home.numpy() for home in homes)
+                yield block, Listed(bases[block // step] + block % step * width, width, memory)
+                continue
             where = torch.from_numpy(block).to(homes[0].device)
             with self.recorder.computing():
                 if len(homes) == 1:
@@ -219,60 +245,69 @@ class Pinned:
 
 
 class Fetch:
-    """Neurons on their way: iterate once for (ids, rows uint8 [n, width]) blocks, ascending.
+    """Neurons on their way: iterate once for blocks (ids ascending, where they stand).
 
-    What is missing is read to where it will be computed on, beside copies of what is here, and is copied to a slot of
-    its own behind the computation.
+    What is missing is read to where it will be computed on: into a slot if the policy keeps it, else to a place in
+    passing. Reads of NEURON_STAGES blocks are under way while the first of them is computed.
     """
 
     def __init__(self, cache: NeuronCache, layer: _Layer, ids: np.ndarray, guess: _Guess | None) -> None:
         self.cache, self.layer, self.guess = cache, layer, guess
         width = layer.file.width
-        self.active = cache._active[: cache.block * width].reshape(cache.block, width)
+        self.passing = [buffer[: cache.block * width].reshape(cache.block, width) for buffer in cache._passing]
         self.blocks = [ids[i : i + cache.block] for i in range(0, len(ids), cache.block)]
-        self._ticket = self._start(self.blocks[0]) if self.blocks else None
+        absent = ids[layer.slot[ids] < 0]
+        self.new = np.zeros(layer.file.count, bool)  # in a slot of its own that it is yet to reach
+        self.new[layer.take(absent[layer.policy.held[absent]])] = True
+        self._begun = [self._start(i) for i in range(min(NEURON_STAGES, len(self.blocks)))]
 
-    def _guessed(self, block: np.ndarray) -> np.ndarray:
-        """bool [len(block)]: which of it a guess brings."""
-        if self.guess is None:
-            return np.zeros(len(block), bool)
-        return np.isin(block, self.guess.ids, assume_unique=True)
-
-    def _start(self, block: np.ndarray) -> Ticket | None:
-        """Read what of the block is missing and not on its way."""
-        absent = np.flatnonzero((self.layer.slot[block] < 0) & ~self._guessed(block))
-        if not len(absent):
-            return None
-        return self.cache.read(self.layer.file, block[absent], absent, self.active, True)
+    def _start(self, index: int) -> tuple[np.ndarray, np.ndarray, Ticket | None]:
+        """Read what of a block is missing and not on its way: where each stands, which ones a guess brings, the rest's
+        ticket."""
+        layer, block, rows = self.layer, self.blocks[index], self.passing[index % NEURON_STAGES]
+        slots = layer.slot[block]
+        addresses = layer.address(slots)
+        passing = slots < 0
+        addresses[passing] = rows.ctypes.data + layer.file.width * np.arange(int(passing.sum()))
+        missing = passing | self.new[block]
+        guessed = np.zeros(len(block), bool)
+        if self.guess is not None:
+            guessed = missing & np.isin(block, self.guess.ids, assume_unique=True)
+            where = np.searchsorted(self.guess.ids, block[guessed])
+            addresses[guessed] = self.guess.rows.ctypes.data + layer.file.width * where
+            missing &= ~guessed
+        if not missing.any():
+            return addresses, guessed, None
+        ticket = self.cache.read(layer.file, block[missing], addresses[missing], (layer.rows, rows), True)
+        return addresses, guessed, ticket
 
     def _wait(self, ticket: Ticket) -> None:
-        if not ticket.ready:
-            with self.cache.recorder.waiting():
+        try:
+            if not ticket.ready:
+                with self.cache.recorder.waiting():
+                    ticket.wait()
+            elif ticket.error is not None:
                 ticket.wait()
-        elif ticket.error is not None:
-            ticket.wait()
+        except Exception:  # nothing came: no slot may be thought to hold it
+            lost = np.flatnonzero(self.new)
+            self.layer.free += self.layer.slot[lost].tolist()
+            self.layer.slot[lost] = -1
+            raise
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Block]:
         layer, cache = self.layer, self.cache
         for index, block in enumerate(self.blocks):
-            ticket = self._start(block) if index else self._ticket
-            slots = layer.slot[block]
-            present, absent = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
-            if len(present):
-                with cache.recorder.computing():
-                    self.active[present] = layer.rows[slots[present]]
-            if self.guess is not None:
-                brought = np.flatnonzero(self._guessed(block))
-                if len(brought):
-                    self._wait(self.guess.ticket)
-                    with cache.recorder.computing():
-                        where = np.searchsorted(self.guess.ids, block[brought])
-                        self.active[brought] = self.guess.rows[where]
+            addresses, guessed, ticket = self._begun[index]
+            memory: tuple[np.ndarray, ...] = (layer.rows, self.passing[index % NEURON_STAGES])
+            if self.guess is not None and guessed.any():
+                self._wait(self.guess.ticket)
+                memory += (self.guess.rows,)
             if ticket is not None:
                 self._wait(ticket)
-            yield block, cache.device.put(torch.from_numpy(self.active[: len(block)]))
-            kept = absent[layer.policy.held[block[absent]]][: len(layer.free)]
-            if len(kept):
-                taken = [layer.free.pop() for _ in kept]
-                layer.rows[taken] = self.active[kept]
-                layer.slot[block[kept]] = taken
+            yield block, cache.hand_out(Listed(addresses, layer.file.width, memory))
+            kept = guessed & self.new[block]
+            if self.guess is not None and kept.any():
+                where = np.searchsorted(self.guess.ids, block[kept])
+                layer.rows[layer.slot[block[kept]]] = self.guess.rows[where]
+            if len(self._begun) < len(self.blocks):
+                self._begun.append(self._start(len(self._begun)))

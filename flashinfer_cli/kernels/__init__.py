@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from .listed import Listed
+
 __all__ = ["Kernels", "select"]
 
 
@@ -37,7 +39,7 @@ class Kernels(Protocol):
     def ffn_records(
         self,
         x: torch.Tensor,
-        records: torch.Tensor,
+        records: torch.Tensor | Listed,
         fmt: str,
         gated: bool,
         act: str,
@@ -48,7 +50,8 @@ class Kernels(Protocol):
         @ down.
 
         records uint8 [n, width], a neuron a row: gate row (if gated), up row, down column, each d elements of `fmt`,
-        then padding. x and out float32 [T, d]; biases (gate, up) float32 [n]; `act` a name of `activations`.
+        then padding; or a list of where such rows stand, with the same bits as if they stood side by side. x and out
+        float32 [T, d]; biases (gate, up) float32 [n]; `act` a name of `activations`.
         """
         ...
 

@@ -22,6 +22,7 @@ from .jobs import (
     ADD_UP,
     DEQUANTIZE,
     FFN,
+    FFN_LISTED,
     GATE,
     JOB,
     LINEAR,
@@ -84,7 +85,13 @@ def _help(pool: Any, worker: Any) -> None:
             gate_biases = gate_bias + 4 * first if gate_bias else gate_bias
             up_biases = up_bias + 4 * first if up_bias else up_bias
             sums = stride + index * 4 * tokens * cols
-            neurons(code, rows, cols, source, width, part, x, tokens, sums, act, gate_biases, up_biases, scratch, group)
+            listed = kind == FFN_LISTED
+            if listed:
+                source = weight + 8 * first
+            neurons(
+                code, rows, cols, source, width, part, x, tokens, sums, act, gate_biases, up_biases, scratch, group,
+                listed,
+            )  # fmt: skip
 
 
 @compiled
@@ -153,6 +160,8 @@ def enter(pool: Any, worker: Any) -> None:
     address of the sums, float32 [chunks, tokens, cols]; `part` the bytes of each part of a record; scratch: [group,
     cols + PADDING / 4 + 2 * tokens] and at least 16; act has GATED added when there is a gate; a bias is an address
     or 0.
+    FFN_LISTED: the same, of one to three tokens and a plain format; weight is the address of `count` int64, each the
+    address of a neuron's record, which may stand anywhere. Group is 1.
     ADD_UP, which follows an FFN by itself: out[count floats] += `group` sums, one after the other.
     """
     if worker > 0:
@@ -160,7 +169,7 @@ def enter(pool: Any, worker: Any) -> None:
         return
     _compute(pool)
     job = pool + JOB
-    if load_int(job) == FFN:
+    if load_int(job) == FFN or load_int(job) == FFN_LISTED:
         chunks = (load_int(job + 24) + load_int(job + 80) - 1) // load_int(job + 80)
         ones = load_int(job + 88)
         for index in range(chunks):

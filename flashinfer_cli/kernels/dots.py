@@ -53,8 +53,11 @@ def _rows(b: ir.IRBuilder, address: Any, stride: Any, count: int) -> list[Pointe
 
 
 def _ahead(b: ir.IRBuilder, pitch: Any) -> Any:
-    """Distance in bytes to the first row that is at least AHEAD away: rows are gone through one after the other."""
-    return b.mul(pitch, b.sdiv(b.add(pitch, _number(AHEAD - 1)), pitch))
+    """Distance in bytes to the first row that is at least AHEAD away: rows are gone through one after the other.
+
+    One that stands before this one is the next of a list, wherever that is."""
+    rows = b.mul(pitch, b.sdiv(b.add(pitch, _number(AHEAD - 1)), pitch))
+    return b.select(b.icmp_signed("<", pitch, _number(0)), pitch, rows)
 
 
 def _zeros(b: ir.IRBuilder, count: int, lanes: int) -> list[Any]:

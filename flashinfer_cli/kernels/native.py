@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ..checkpoint.base import FORMATS, PLAIN
 from . import jobs
+from .listed import Listed
 from .pool import Pool, usable_cores
 from .warm import compiled
 
@@ -75,7 +77,7 @@ class NumbaKernels:
     def ffn_records(
         self,
         x: torch.Tensor,
-        records: torch.Tensor,
+        records: torch.Tensor | Listed,
         fmt: str,
         gated: bool,
         act: str,
@@ -83,12 +85,22 @@ class NumbaKernels:
         out: torch.Tensor,
     ) -> None:
         tokens, d = x.shape
-        count, width = records.shape
+        direct = fmt in PLAIN or fmt in jobs.DIRECT_BLOCKS
+        if isinstance(records, Listed) and (tokens > jobs.DIRECT_TOKENS or not direct):
+            records = records.gather()
+        if isinstance(records, Listed):
+            kind, count, width = jobs.FFN_LISTED, len(records.addresses), records.width
+            start = records.addresses.ctypes.data
+            assert records.addresses.dtype == np.int64 and records.addresses.flags.c_contiguous
+        else:
+            kind, (count, width) = jobs.FFN, records.shape
+            start = records.data_ptr()
+            assert records.is_contiguous()
         gate_bias, up_bias = bias or (None, None)
         elements, size = FORMATS[fmt]
         part = d // elements * size
         assert d % elements == 0 and (2 + gated) * part <= width and out.shape == x.shape, (fmt, d, width)
-        assert x.is_contiguous() and records.is_contiguous() and out.is_contiguous()
+        assert x.is_contiguous() and out.is_contiguous()
         chunk = max(-(-count // jobs.FFN_CHUNKS), min(jobs.FFN_CHUNK_ROWS, jobs.FFN_CHUNK_BYTES // width), 2)
         chunks = max(1, -(-count // chunk))
         chunk = max(1, -(-count // chunks))  # of equal sizes
@@ -98,14 +110,14 @@ class NumbaKernels:
         try:
             for first in range(0, tokens, max(1, most)):
                 some = min(most, tokens - first)
-                if some > jobs.DIRECT_TOKENS or (fmt not in PLAIN and fmt not in jobs.DIRECT_BLOCKS):
+                if some > jobs.DIRECT_TOKENS or not direct:
                     group = min(chunk, max(2, jobs.GROUP_BYTES // (4 * d) & -2))
                 else:
-                    group = 1 if fmt in PLAIN else jobs.DIRECT_NEURONS
+                    group = 1 if fmt in PLAIN or kind == jobs.FFN_LISTED else jobs.DIRECT_NEURONS
                 own = group * (d + jobs.PADDING // 4 + 2 * some) + 16
                 scratch = space.reserve(own * space.threads + chunks * some * d)
                 space.run(
-                    jobs.FFN, jobs.CODES[fmt], some, count, d, records.data_ptr(), width, x.data_ptr() + 4 * d * first,
+                    kind, jobs.CODES[fmt], some, count, d, start, width, x.data_ptr() + 4 * d * first,
                     out.data_ptr() + 4 * d * first, scratch + 4 * own * space.threads, chunk, scratch, 4 * own,
                     jobs.ACTS[act] + jobs.GATED * gated, _address(gate_bias), _address(up_bias), group, part,
                 )  # fmt: skip

@@ -19,7 +19,7 @@ from .jobs import (
     MANY_TOKENS,
     PADDING,
 )
-from .memory import load_float, store_float
+from .memory import load_float, load_int, store_float
 from .tiles import TILE_ROWS, TILE_TOKENS, VECTOR, tile, tile_variant
 
 F32 = CODES["F32"]
@@ -187,8 +187,12 @@ def neurons(
     up_bias: Any,
     scratch: Any,
     group: Any,
+    listed: Any,
 ) -> None:
-    """sums[t] = the contributions of `rows` neurons, added one after the other, `group` of them worked on together."""
+    """sums[t] = the contributions of `rows` neurons, added one after the other, `group` of them worked on together.
+
+    `listed`: records is not their address but that of a list of their addresses.
+    """
     direct = tokens <= DIRECT_TOKENS and code < CONVERTED_FROM
     plain = direct and code < BLOCKS_FROM
     gated = act >= GATED
@@ -201,19 +205,22 @@ def neurons(
         store_float(sums + 4 * i, float32(0.0))
     for first in range(0, rows, group):
         some = min(group, rows - first)
-        row = records + first * width
+        row, pitch = records + first * width, width
+        if listed:  # where the next one stands is all that the distance is for: it is fetched ahead
+            row = load_int(records + 8 * first)
+            pitch = load_int(records + 8 * (first + 1)) - row if first + 1 < rows else width
         for role in range(0 if gated else 1, 3):
             if direct:
-                source, pitch, kind = row, width, code
+                source, apart, kind = row, pitch, code
             else:
                 converted(code, row, width, some, d, scratch, padded)
-                source, pitch, kind = scratch, padded, F32
+                source, apart, kind = scratch, padded, F32
             row += part
             if role == 0:
-                _dots(kind, source, pitch, some, x, tokens, d, gate, line, most)
+                _dots(kind, source, apart, some, x, tokens, d, gate, line, most)
                 continue
             if role == 1:
-                _dots(kind, source, pitch, some, x, tokens, d, up, line, most)
+                _dots(kind, source, apart, some, x, tokens, d, up, line, most)
                 _activate_all(act, gate, up, tokens, some, line, gate_bias, up_bias, first)
                 continue
             step = DIRECT_NEURONS if direct and not plain and some == DIRECT_NEURONS else 1 if direct else some
@@ -223,8 +230,8 @@ def neurons(
                     few = _tile(tokens - t)
                     mix(
                         choose(kind, step if direct else min(some, 2), few),
-                        source + r * pitch,
-                        pitch,
+                        source + r * apart,
+                        apart,
                         some,
                         d,
                         up + line * t + 4 * r,

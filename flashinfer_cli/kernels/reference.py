@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint.base import FORMATS, PLAIN
 from .activations import ACTIVATIONS
+from .listed import Listed
 
 LANES = 16  # 32-bit words of our blocks
 TILE_BYTES = 1 << 20  # of float32, converted at a time
@@ -77,22 +78,25 @@ class ReferenceKernels:
     def ffn_records(
         self,
         x: torch.Tensor,
-        records: torch.Tensor,
+        records: torch.Tensor | Listed,
         fmt: str,
         gated: bool,
         act: str,
         bias: tuple[torch.Tensor | None, torch.Tensor | None] | None,
         out: torch.Tensor,
     ) -> None:
+        if isinstance(records, Listed):
+            records = records.gather().to(x.device)
         if 1 < len(x) <= APART:
             for t in range(len(x)):
                 self.ffn_records(x[t : t + 1].clone(), records, fmt, gated, act, bias, out[t : t + 1])
             return
         part = x.shape[1] // FORMATS[fmt][0] * FORMATS[fmt][1]
         gate_bias, up_bias = bias or (None, None)
+        rows = records
 
         def project(tile: slice, index: int, own: torch.Tensor | None) -> torch.Tensor:
-            y = x @ to_float(records[tile, index * part : (index + 1) * part].contiguous(), fmt).T
+            y = x @ to_float(rows[tile, index * part : (index + 1) * part].contiguous(), fmt).T
             return y if own is None else y + own[tile]
 
         for tile in _tiles(records.shape[0], x.shape[1]):

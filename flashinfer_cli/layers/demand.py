@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,13 @@ class Demand(Protocol):
         ...
 
 
+class Stored(NamedTuple):
+    """A matrix as kernels take it: uint8 [rows, row bytes] in a format."""
+
+    rows: torch.Tensor
+    format: str
+
+
 @dataclass(frozen=True)
 class LowRankPredictor:
     """sigmoid(B A x + bias) > 1/2: d -> r -> d_ff (2312.11514, 3.1), trained on which neurons fired.
@@ -28,16 +35,16 @@ class LowRankPredictor:
     The threshold that calibration chose is in the bias.
     """
 
-    a: torch.Tensor  # F16 as stored: uint8 [r, 2 d]
-    b: torch.Tensor  # F16: uint8 [d_ff, 2 r]
+    a: Stored  # [r, d]
+    b: Stored  # [d_ff, r]
     bias: torch.Tensor  # float32 [d_ff]
     kernels: Kernels
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, d] -> logits [T, d_ff]; above zero is predicted to fire."""
-        low, out = x.new_empty(len(x), len(self.a)), x.new_empty(len(x), len(self.b))
-        self.kernels.linear(x, self.a, "F16", low, 0)
-        self.kernels.linear(low, self.b, "F16", out, 0)
+        low, out = x.new_empty(len(x), len(self.a.rows)), x.new_empty(len(x), len(self.b.rows))
+        self.kernels.linear(x, self.a.rows, self.a.format, low, 0)
+        self.kernels.linear(low, self.b.rows, self.b.format, out, 0)
         return out.add_(self.bias)
 
     def __call__(self, x: torch.Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..bundles.format import RecordLayout
 from ..cache.slices import Slice
 from ..checkpoint.base import Checkpoint, Extent, TensorInfo
-from ..config import NEURON_BLOCK, SLICE_BYTES, MiB, ModelConfig, RunConfig, WeightMap, WeightRef
+from ..config import NEURON_BLOCK, NEURON_STAGES, SLICE_BYTES, MiB, ModelConfig, RunConfig, WeightMap, WeightRef
 from ..layers.attention import SCORE_BYTES
 from ..layers.linear import RowSlice
 from ..layers.moe import ExpertLayout, ExpertPart
@@ -237,7 +237,7 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
         neurons=sum(layer.neuron_bytes for layer in layout.layers),
         neuron_block=max(
             (
-                (3 if run.prefetch_neurons else 1) * NEURON_BLOCK * layer.records.width_bytes
+                (3 if run.prefetch_neurons else 1) * NEURON_STAGES * NEURON_BLOCK * layer.records.width_bytes
                 for layer in layout.layers
                 if layer.sparse and layer.records is not None
             ),

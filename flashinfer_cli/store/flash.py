@@ -8,6 +8,7 @@ open with O_DIRECT can succeed and its first read fail, so a read is tried befor
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import sys
@@ -16,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,15 @@ from ..checkpoint.base import Extent
 from ..config import KiB
 from ..errors import CorruptCheckpointError, StorageError
 from ..report import Recorder
+from .aio import IOVEC, Aio
 
 ALIGN = 4096  # of file offsets, lengths and memory in direct reads; what every drive of today accepts
 REQUEST_BYTES = 512 * KiB
 SECTOR = 512  # of records' places and widths
 GAP_BYTES = 8 * KiB  # between two wanted records that are still read as one
-MOST_VIEWS = 256  # pieces of memory of one read; systems allow 1,024
+MOST_VIEWS = 256  # records of one read, each with a gap before it; systems allow 1,024 pieces of memory
+RECORD_BATCHES = 2  # threads that reads of records are dealt to: the kernel has many of each under way
+RECORD_BATCH_LEAST = 8  # reads that are worth a thread of their own
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,68 @@ class Ticket:
             raise self.error
 
 
-# Ticket, file, offset and where to; or a batch of (offset, where to in pieces) and None.
-_Pieces = list[tuple[int, list[memoryview]]]
-_Request = tuple[Ticket, Path, int, memoryview] | tuple[Ticket, Path, _Pieces, None]
+@dataclass(frozen=True)
+class Pieces:
+    """Reads of records: read i, `sizes[i]` bytes from `offsets[i]` on, goes to memory views[first[i] : first[i + 1]].
+
+    `memory` keeps alive what the views point into.
+    """
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    first: np.ndarray  # int64 [reads + 1]
+    views: np.ndarray  # IOVEC
+    memory: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def part(self, index: int, parts: int) -> Pieces:
+        """The index-th of so many equal runs of reads."""
+        low, high = (len(self) * i // parts for i in (index, index + 1))
+        first = self.first[low : high + 1]
+        views = self.views[first[0] : first[-1]]
+        return Pieces(self.offsets[low:high], self.sizes[low:high], first - first[0], views, self.memory)
+
+
+def lay_out(
+    ids: np.ndarray, addresses: np.ndarray, width: int, base: int, gap: int, memory: tuple[np.ndarray, ...],
+    waste: np.ndarray,
+) -> Pieces:  # fmt: skip
+    """Records `ids`, ascending, to `addresses`, in as few reads as gaps of up to `gap` records allow; what is between
+    them goes to `waste`. Work by arrays: nothing is done record by record."""
+    count = len(ids)
+    ids = np.asarray(ids, np.int64)
+    skipped = np.diff(ids, prepend=ids[:1]) - 1  # records between one and the one before it
+    starts = skipped > gap
+    starts[:1] = True
+    place = np.arange(count)
+    since = place - np.maximum.accumulate(np.where(starts, place, 0))  # places since the run began
+    starts |= since % MOST_VIEWS == 0  # the system takes no more pieces in one call, gaps between them included
+    through = (skipped > 0) & ~starts
+    slot = np.cumsum(through) + place  # of a record's view, behind that of the gap before it
+    views = np.zeros(count + int(through.sum()), IOVEC)
+    views["base"], views["len"] = waste.ctypes.data, width
+    views["base"][slot] = addresses
+    views["len"][slot[through] - 1] = skipped[through] * width
+    begin = np.flatnonzero(starts)
+    first = np.append((slot - through)[begin], len(views))
+    last = np.append(begin[1:], count)[: len(begin)] - 1
+    sizes = (ids[last] - ids[begin] + 1) * width
+    return Pieces(base + ids[begin] * width, sizes, first, views, (*memory, waste))
+
+
+def _one_by_one(fd: int, pieces: Pieces) -> np.ndarray:
+    """The plain twin of `Aio.read`."""
+    views = [(ctypes.c_char * size).from_address(base) for base, size in pieces.views.tolist()]
+    got = np.zeros(len(pieces), np.int64)
+    for index, offset in enumerate(pieces.offsets.tolist()):
+        got[index] = os.preadv(fd, views[pieces.first[index] : pieces.first[index + 1]], offset)
+    return got
+
+
+# Ticket, file, offset and where to; or a batch of reads of records and None.
+_Request = tuple[Ticket, Path, int, memoryview] | tuple[Ticket, Path, Pieces, None]
 
 
 class FlashStore:
@@ -116,6 +178,8 @@ class FlashStore:
         self.request_bytes = request_bytes
         self.threads = threads
         self.direct = direct
+        self.batched = True  # records by Aio, where there is any
+        self._own = threading.local()
         self.fallback: str | None = None  # why reads are buffered, when direct ones were asked for
         self._files: dict[Path, tuple[int, bool]] = {}
         self._buffered: dict[Path, int] = {}
@@ -263,6 +327,8 @@ class FlashStore:
                         self._busy_since = time.perf_counter()
                     self._in_flight += 1
                 elif self._closed and ended is None:
+                    if getattr(self._own, "aio", None) is not None:
+                        self._own.aio.close()
                     return
             if ended is not None:
                 if ended.error is None:
@@ -287,7 +353,7 @@ class FlashStore:
 
     def _read_one(self, request: _Request) -> None:
         _, path, offset, target = request
-        if not isinstance(offset, int):
+        if isinstance(offset, Pieces):
             self._read_scattered(path, offset)
             return
         assert target is not None
@@ -326,76 +392,70 @@ class FlashStore:
         base: int,
         width: int,
         ids: np.ndarray,
-        slots: np.ndarray,
-        buffer: np.ndarray,
+        addresses: np.ndarray,
+        memory: tuple[np.ndarray, ...],
         kind: str,
         *,
         urgent: bool = True,
     ) -> Ticket:
-        """Read records `ids`, ascending, `width` bytes each, from `base` on in a file into rows `slots` of `buffer`.
+        """Read records `ids`, ascending, `width` bytes each, from `base` on in a file to where `addresses` say.
 
-        buffer uint8 [rows, width]. Records whose neighbours are wanted too come in one read, scattered to their slots;
-        so do those a small gap apart, the gap going to a place of its own. Reads are dealt to the threads in batches,
-        each of which goes through its own without asking for more: at the sizes of neurons that is what keeps many in
-        flight. `base` and `width` are multiples of SECTOR. What is `urgent` goes before all that is queued.
+        ids and addresses int64 [n]; `memory` is what the addresses stand in, which must live until then. Records whose
+        neighbours are wanted too come in one read, scattered to their places; so do those a small gap apart, the gap
+        going to a place of its own. Reads are dealt to a few threads in batches, each of which hands its own to the
+        kernel at once (`aio`), or goes through them one by one. `base` and `width` are multiples of SECTOR. What is
+        `urgent` goes before all that is queued.
         """
         gap = max(0, GAP_BYTES // width)
-        breaks = np.flatnonzero(np.diff(ids) > gap + 1) + 1
-        edges = [0, *breaks.tolist(), len(ids)]
-        wanted, rows = ids.tolist(), slots.tolist()
-        data, waste = buffer.reshape(-1).data, self._waste(gap * width)
-        pieces: _Pieces = []
-        for first, end in pairwise(edges):
-            views: list[memoryview] = []
-            place = wanted[first] if first < end else 0
-            for index in range(first, end):
-                skipped = wanted[index] - place
-                if skipped:
-                    views.append(waste[: skipped * width])
-                views.append(data[rows[index] * width : (rows[index] + 1) * width])
-                place = wanted[index] + 1
-                if len(views) >= MOST_VIEWS:  # the system takes no more in one call
-                    pieces.append((base + (place * width - sum(map(len, views))), views))
-                    views = []
-            if views:
-                pieces.append((base + place * width - sum(map(len, views)), views))
-        batches = [pieces[i :: self.threads] for i in range(min(self.threads, len(pieces)))]
-        sizes = tuple(sum(map(len, views)) for _, views in pieces)
-        ticket = Ticket(kind, sizes, len(wanted) * width)
-        ticket._left = len(batches)
+        pieces = lay_out(ids, addresses, width, base, gap, memory, self._waste(gap * width))
+        count = len(pieces)
+        ticket = Ticket(kind, tuple(pieces.sizes.tolist()), len(ids) * width)
+        batches = max(1, min(self.threads, RECORD_BATCHES, count // RECORD_BATCH_LEAST)) if count else 0
+        ticket._left = batches
         with self._state:
             assert not self._closed, "read after close"
-            requests: list[_Request] = [(ticket, path, batch, None) for batch in batches]
+            requests: list[_Request] = [(ticket, path, pieces.part(i, batches), None) for i in range(batches)]
             if urgent:
                 self._queue.extendleft(reversed(requests))
             else:
                 self._queue.extend(requests)
-            self._state.notify(len(batches))
+            self._state.notify(batches)
         return ticket
 
-    def _waste(self, nbytes: int) -> memoryview:
+    def _waste(self, nbytes: int) -> np.ndarray:
         """A place for bytes between records that nobody wants."""
         if len(self._waste_bytes) < nbytes:
             from ..device import allocate
 
             self._waste_bytes = allocate(nbytes)
-        return self._waste_bytes.data
+        return self._waste_bytes
 
-    def _read_scattered(self, path: Path, pieces: _Pieces) -> None:
+    def _read_scattered(self, path: Path, pieces: Pieces) -> None:
         fd, direct = self._files.get(path) or self._open(path)
         if direct and not self._sectors:
             fd, direct = self._open_buffered(path), False
-        for offset, views in pieces:
-            try:
-                got = os.preadv(fd, views, offset)
-            except OSError as error:
-                if direct and error.errno == errno.EINVAL:  # the drive's blocks are larger than our sectors
-                    self._sectors = False
-                    self.fallback = "the drive takes no direct reads of 512 bytes"
-                    return self._read_scattered(path, pieces)
-                raise StorageError(f"Reading {path} at byte {offset} failed: {error.strerror}.") from error
-            if got != sum(map(len, views)):
-                raise CorruptCheckpointError(f"{path} ended at byte {offset + got}: it has shrunk since it was opened.")
+        aio = self._aio() if direct and len(pieces) > 1 else None
+        try:
+            got = _one_by_one(fd, pieces) if aio is None else aio.read(fd, pieces.offsets, pieces.first, pieces.views)
+            if (got < 0).any():
+                raise OSError(-int(got.min()), os.strerror(-int(got.min())))
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL:  # the drive's blocks are larger than our sectors
+                self._sectors = False
+                self.fallback = "the drive takes no direct reads of 512 bytes"
+                return self._read_scattered(path, pieces)
+            raise StorageError(f"Reading {path} failed: {error.strerror}.") from error
+        short = np.flatnonzero(got != pieces.sizes)
+        if len(short):
+            end = int(pieces.offsets[short[0]] + got[short[0]])
+            raise CorruptCheckpointError(f"{path} ended at byte {end}: it has shrunk since it was opened.")
+
+    def _aio(self) -> Aio | None:
+        """This thread's own; None where there is none."""
+        if not hasattr(self._own, "aio"):
+            self._own.aio = Aio.open() if self.batched else None
+        found: Aio | None = self._own.aio
+        return found
 
     def _open_buffered(self, path: Path) -> int:
         """A second descriptor, for records that the drive will not give directly; the kernel is told not to read on."""
