@@ -19,6 +19,7 @@ from .config import DEFAULT_CONTEXT, MEASURED_MODEL, SMALL_MODEL, ModelConfig, R
 from .decoding.chat import ChatSession
 from .decoding.drafts import ModelDraft, NGramDraft, SelfDraft, check_same_ids
 from .decoding.generate import Session, TokenEvent, check_ids, generate
+from .decoding.lending import Lending
 from .decoding.speculative import MOST_DRAFTED, Draft, Speculator
 from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
 from .kernels import select
@@ -143,6 +144,7 @@ class Engine:
                     feed.progress = lambda done, total: progress(done, total, "loading")
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
                 self.decoder = builder.build(run, predictors, self.neuron_wants)
+                feed.progress = None
                 self.experts = builder.experts
                 self.neurons = builder.neurons
                 self.store.tick()
@@ -360,6 +362,7 @@ def _with_draft(
     name = run.draft
     assert name is not None
     draft: Draft = NGramDraft()
+    resident: Engine | None = None
     if name not in ("ngram", "self"):
         small = open_model(name)
         check_same_ids(opened.tokenizer, small.tokenizer, name)
@@ -367,10 +370,10 @@ def _with_draft(
             run = replace(run, context=min(need(opened.tokenizer), opened.config.max_position_embeddings))
         longest = small.config.max_position_embeddings or DEFAULT_CONTEXT
         context = min(run.context or DEFAULT_CONTEXT, longest)
-        engine = Engine(small, replace(run, draft=None, speculate="auto", stream="never", context=context))
-        draft = ModelDraft(engine.session(), engine.config.vocab_size, engine.close)
+        resident = Engine(small, replace(run, draft=None, speculate="auto", stream="never", context=context))
+        draft = ModelDraft(resident.session(), resident.config.vocab_size, resident.close)
         if notify is not None:
-            notify(f"draft {name}: {engine.plan}")
+            notify(f"draft {name}: {resident.plan}")
     fixed = int(run.speculate) if run.speculate.isdigit() else None
     run = replace(run, logit_rows=(fixed or MOST_DRAFTED) + 1)  # a pass gives a row for each token that it checks
     try:
@@ -387,4 +390,7 @@ def _with_draft(
                 "Give more --memory, or take --draft ngram.",
             )
     found.speculator = Speculator(draft, name, fixed)
+    # where all streams by order, or nothing does, or what a pass streams is not known before, there is nothing to lend
+    if resident is not None and resident.neurons is None and run.stream == "auto" and found.decoder.streamed:
+        found.speculator.lender = Lending(found.decoder, resident.decoder)
     return found

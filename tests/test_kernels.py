@@ -125,9 +125,10 @@ def test_dequantize_equals_gguf(kernels: Kernels, fmt: str) -> None:
 @pytest.mark.parametrize("cols", [1, 31, 32, 33, 64, 97])
 def test_every_tail_length(numba: Kernels, fmt: str, cols: int) -> None:
     stored, values = weights(fmt, 5, cols)
-    x, out = torch.ones(1, cols), torch.empty(1, 5)
-    numba.linear(x, stored, fmt, out, 0)
-    close(out, values.sum(1, dtype=np.float64)[None], np.abs(values).sum(1)[None])
+    for tokens in (1, 5):
+        x, out = torch.ones(tokens, cols), torch.empty(tokens, 5)
+        numba.linear(x, stored, fmt, out, 0)
+        close(out, values.sum(1, dtype=np.float64)[None], np.abs(values).sum(1)[None])
     assert np.array_equal(numba.dequantize(stored, fmt, cols).numpy(), values)
 
 
@@ -148,7 +149,7 @@ def test_bits_do_not_depend_on_tokens_threads_or_slices(numba: Kernels, fmt: str
     single = torch.empty(40, rows)
     for t in range(40):
         numba.linear(x[t : t + 1], stored, fmt, single[t : t + 1], 0)
-    for tokens in (2, 3, 4, 8, 16, 17, 40):
+    for tokens in (2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 40):  # every tile there is
         out = torch.empty(tokens, rows)
         numba.linear(x[:tokens], stored, fmt, out, 0)
         assert torch.equal(out, single[:tokens])

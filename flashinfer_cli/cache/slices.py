@@ -122,7 +122,7 @@ class Feed:
         self.recorder = recorder
         self.ring: Ring | None = None
         self.demand_ring: Ring | None = None
-        self.pinned_bytes = 0
+        self.stays: list[Slice] = []  # what is pinned
         self.progress: Callable[[int, int], None] | None = None  # bytes pinned, of how many
         self._passes: deque[tuple[Slice, ...]] = deque()
         self._demanded: set[Slice] = set()
@@ -131,7 +131,7 @@ class Feed:
         """Bring slices in for good."""
         if not slices:
             return
-        total = sum(s.span.nbytes for s in slices)
+        total, done = sum(s.span.nbytes for s in slices), 0
         # On the host slices are read to where they stay; on a card they pass through a staging ring.
         home = allocate(total) if self.device.is_host else None
         staging = None if home is not None else Ring(self.store, 8 * max(s.span.nbytes for s in slices))
@@ -153,9 +153,21 @@ class Feed:
                 ticket.wait()
                 slice_.home = self.device.put(torch.from_numpy(data))
                 staging.release()
-            self.pinned_bytes += slice_.span.nbytes
+            self.stays.append(slice_)
+            done += slice_.span.nbytes
             if self.progress is not None:
-                self.progress(self.pinned_bytes, total)
+                self.progress(done, total)
+
+    def unpin(self, slices: Sequence[Slice]) -> None:
+        """Let go of slices that were pinned; their memory is given back when all that came with them are."""
+        for slice_ in slices:
+            slice_.home = None
+        gone = set(slices)
+        self.stays = [s for s in self.stays if s not in gone]
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(s.span.nbytes for s in self.stays)
 
     @contextmanager
     def hold(self, slices: Sequence[Slice]) -> Iterator[None]:
@@ -165,9 +177,7 @@ class Feed:
         try:
             yield
         finally:
-            for slice_ in streamed:
-                self.pinned_bytes -= slice_.span.nbytes
-                slice_.home = None
+            self.unpin(streamed)
 
     def open_ring(self, nbytes: int, demand: int = 0) -> None:
         """Make the ring that scheduled slices pass through, and the one for slices on demand; 0 where none do."""

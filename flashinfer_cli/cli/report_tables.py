@@ -55,6 +55,7 @@ def _speculation(said: Mapping[str, Any]) -> Table:
         "acceptance": f"{said['alpha']:.0%} of the drafted tokens that were judged, {said['acceptance']:.0%} of all",
         "drafted a pass, over time": " ".join(f"{mean:.1f}" for mean in means),
         "passes without a draft": share(without, len(lengths)),
+        "lent its memory": f"{said['times_lent']} times" if said["times_lent"] else "never",
         "speed against plain": f"{said['estimated_speedup']:.2f}, estimated",
     }
     return facts("Drafts", pairs)

@@ -17,7 +17,10 @@ from .sampling import Sampler
 
 MOST_DRAFTED = 16
 FADE = 0.9  # of the past, in running means
-TRY_AGAIN = 48  # tokens without drafts, after which some are tried again
+BELIEF, BELIEVED = 0.7, 3.0  # the acceptance believed of a draft not seen yet, with the weight of so many tokens
+TRY_AGAIN = 48  # tokens without drafts, after which some are tried again; twice as many each time that it is in vain
+ENOUGH = 4  # drafted tokens judged before a draft is thought to be of no use
+LENT = 256  # tokens after which a draft whose memory was lent is looked at again; twice as many each time
 MOST_SURPRISE = 2.0  # times what a pass was expected to cost: what is above is taken for this
 TRIAL = 4  # tokens of such a trial, and of the first run
 
@@ -42,6 +45,26 @@ class Draft(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Lender(Protocol):
+    """Can lend a draft's memory to the weights that stream because of it (`lending.Lending`)."""
+
+    @property
+    def lent(self) -> bool: ...
+
+    @property
+    def share(self) -> float:
+        """Of what a pass reads: what it would not read if the memory were lent."""
+        ...
+
+    @property
+    def wait(self) -> float:
+        """Seconds that a pass waits for reading."""
+        ...
+
+    def lend(self) -> None: ...
+    def take_back(self) -> None: ...
 
 
 def accept(
@@ -124,8 +147,12 @@ class Speculator:
     passes: int = 0
     tokens: int = 0
     lengths: list[int] = field(default_factory=list)
-    _kept: float = 0.0
-    _tried: float = 0.0
+    lender: Lender | None = None  # where the draft takes memory that the target could use
+    times_lent: int = 0
+    _since: int = 0  # drafted tokens judged since the draft came, or came back; or tokens since it left
+    _patience: int = TRY_AGAIN
+    _kept: float = BELIEF * BELIEVED
+    _tried: float = BELIEVED
     _idle: int = 0
     _draft_seconds: float = 0.0
     _draft_tokens: float = 0.0
@@ -134,23 +161,49 @@ class Speculator:
     @property
     def acceptance(self) -> float:
         """The chance that a drafted token stands, given that those before it did; recent runs count more."""
-        return min(0.98, self._kept / self._tried) if self._tried else 0.7
+        return min(0.98, self._kept / self._tried)
 
     def choose(self, most: int, repeatable: bool = False) -> int:
         """How many tokens to draft now, at most `most`. `repeatable`: whatever the clock says, for a seed that is to
         give the same text again."""
-        most = min(most, MOST_DRAFTED)
+        if self.lender is not None and self.lender.lent:
+            if not repeatable and self._since < LENT << (self.times_lent - 1):
+                return 0
+            self.lender.take_back()
+            self._since, self._kept, self._tried = 0, BELIEF * BELIEVED, BELIEVED
+        left, most = most, min(most, MOST_DRAFTED)
         if self.fixed is not None or repeatable:
             return max(0, min(TRIAL if self.fixed is None else self.fixed, most))
-        if self._idle >= TRY_AGAIN or not self._tried:
+        if self._idle >= self._patience:
+            self._patience *= 2
             return max(0, min(TRIAL, most))
-        if self._costs.weight < 1:
+        if not self.judged or self._costs.weight < 1:
             return max(0, min(TRIAL, most))
         a_draft = self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
         rates = [
             expected_tokens(self.acceptance, g) / (g * a_draft + self._costs.of(g + 1)) for g in range(max(0, most) + 1)
         ]
-        return max(range(len(rates)), key=rates.__getitem__)
+        best = max(range(len(rates)), key=rates.__getitem__)
+        if left > TRIAL and self._of_no_use(rates[best]):
+            assert self.lender is not None
+            self.lender.lend()
+            self.times_lent += 1
+            self._since = 0
+            return 0
+        if best:
+            self._patience = TRY_AGAIN
+        return best
+
+    def _of_no_use(self, rate: float) -> bool:
+        """Would plain decoding with the draft's memory be faster than `rate` tokens a second, the best beside it."""
+        return self.lender is not None and self._since >= ENOUGH and rate * self._plain() < 1
+
+    def _plain(self) -> float:
+        """Seconds of a pass over one token without the draft, and without what its memory costs."""
+        now = self._costs.of(1) if self._costs.weight else 0.0
+        if self.lender is None or self.lender.lent:
+            return now
+        return now - min(self.lender.share * now, self.lender.wait)
 
     def note(self, drafted: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
         """What a pass cost and brought."""
@@ -160,10 +213,12 @@ class Speculator:
         self.tokens += accepted + 1
         self.lengths.append(drafted)
         self._idle = 0 if drafted else self._idle + 1
+        self._since += self.lender is not None and self.lender.lent
         self._costs.add(drafted + 1, pass_seconds)
         if drafted:
             judged = accepted + (accepted < drafted)
             self.judged += judged
+            self._since += judged
             self._draft_seconds = FADE * self._draft_seconds + draft_seconds
             self._draft_tokens = FADE * self._draft_tokens + drafted
             self._kept = FADE * self._kept + accepted
@@ -179,7 +234,7 @@ class Speculator:
         `acceptance` is the share of drafted tokens that stand, `alpha` that of those judged (the paper's a), and
         `expected_tokens_per_pass` what its formula makes of alpha and the lengths of the runs.
         """
-        plain = self._costs.of(1) if self._costs.weight else 0.0
+        plain = self._plain()
         alpha = self.accepted / self.judged if self.judged else 0.0
         per_pass = self.tokens / self.passes if self.passes else 0.0
         mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
@@ -196,6 +251,7 @@ class Speculator:
             "expected_tokens_per_pass": self._expected(alpha),
             "mean_length": mean,
             "lengths": self.lengths[-256:],
+            "times_lent": self.times_lent,
             "estimated_speedup": per_pass * plain / paid if paid else 1.0,
         }
 

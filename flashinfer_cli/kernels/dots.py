@@ -7,7 +7,8 @@ adds row after row.
 
 Every argument is an int64: addresses, and counts of elements or, for pitches and strides, of bytes. The first one of
 each intrinsic names the variant: a format's code, or `variant(code, rows, tokens)`. Two rows by three tokens are what
-the 16 vector registers of AVX2 hold, four by three the 32 of AVX-512.
+the 16 vector registers of AVX2 hold; the 32 of AVX-512 hold four by three of blocks, and of 16-bit rows, which take
+two instructions to widen, four by six: twelve instructions a widened vector are enough to hide them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .jobs import BLOCKS, CODES, DIRECT_BLOCKS, DIRECT_NEURONS
 from .lanes import ELEMENT_BYTES, F32, I64, LANES, Lanes, Pointer, has_avx512, loop
 
 MOST_ROWS, MOST_TOKENS = 4 if has_avx512() else 2, 3
+WIDE_TOKENS = 6 if has_avx512() else 0  # by MOST_ROWS rows of 16 bits; 0: there is no such tile
 
 AHEAD = 8192  # bytes to fetch ahead of use, at least: what the processor fetches by itself stops at every 4 KiB
 
@@ -32,7 +34,7 @@ Emit = Callable[..., None]
 
 
 def variant(code: int, rows: int, tokens: int) -> int:
-    return (code * 8 + rows) * 4 + tokens
+    return (code * 8 + rows) * 8 + tokens
 
 
 def _number(value: int) -> Any:
@@ -84,10 +86,14 @@ def _dot(fmt: str, rows: int, tokens: int) -> Emit:
         )
         sums, tails = _zeros(b, len(pairs), LANES), _zeros(b, len(pairs), 1)
         main, ahead = _whole(b, n, LANES), _ahead(b, pitch) if rows == 1 else None
+        next_rows = b.mul(pitch, _number(rows)) if tokens > MOST_TOKENS else None
         for start, stop, step, slots in ((_number(0), main, LANES, sums), (main, n, 1, tails)):
             with loop(b, start, stop, step) as i:
                 if ahead is not None and step == LANES:
                     weights[0].prefetch(b.add(_bytes(b, i, size), ahead))
+                if next_rows is not None and step == LANES:
+                    for pointer in weights:
+                        pointer.prefetch(b.add(_bytes(b, i, size), next_rows))
                 weight = [pointer.weights(_bytes(b, i, size), fmt, step) for pointer in weights]
                 value = [pointer.load(_bytes(b, i, 4), F32, step) for pointer in inputs]
                 for slot, (r, t) in zip(slots, pairs, strict=True):
@@ -282,10 +288,12 @@ def _shapes(most_rows: int) -> list[tuple[int, int]]:
     return [(rows, tokens) for rows in range(1, most_rows + 1) for tokens in range(1, MOST_TOKENS + 1)]
 
 
+_WIDE = [(fmt, t) for fmt in ("F16", "BF16") for t in range(MOST_TOKENS + 1, WIDE_TOKENS + 1)]
 _DOTS = _choice(
     "dot",
     7,
     {variant(CODES[fmt], r, t): _dot(fmt, r, t) for fmt in PLAIN for r, t in _shapes(MOST_ROWS)}
+    | {variant(CODES[fmt], MOST_ROWS, t): _dot(fmt, MOST_ROWS, t) for fmt, t in _WIDE}
     | {variant(CODES[fmt], r, t): _dot_blocks(fmt, r, t) for fmt in DIRECT_BLOCKS for r, t in _shapes(MOST_ROWS)},
 )
 _MIXES = _choice(

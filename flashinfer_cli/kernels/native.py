@@ -58,7 +58,7 @@ class NumbaKernels:
         space, shared = self._pool.take()
         try:
             share = rows * width // (jobs.CHUNKS_A_THREAD * space.threads)
-            wanted = min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -2
+            wanted = min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -4
             # many tokens: enough rows at once that the activations are not fetched again for every few
             chunk = max(2, wanted, group if tokens > 1 else 0)
             own = group * cols

@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import float32, njit
 
-from .dots import MOST_ROWS, MOST_TOKENS, convert, dot, mix, variant
+from .dots import MOST_ROWS, MOST_TOKENS, WIDE_TOKENS, convert, dot, mix, variant
 from .jobs import (
     BLOCK_COLS,
     BLOCK_TOKENS,
@@ -27,7 +27,8 @@ BLOCKS_FROM = CODES["BF16"] + 1  # formats from this code on come in blocks
 CONVERTED_FROM = BLOCKS_FROM + len(DIRECT_BLOCKS)  # and from this code on there is nothing but their conversion
 # Up to DIRECT_TOKENS tokens, rows go straight from memory into the products: plain ones one after the other, since what
 # limits them is memory, and one sequential stream is the fastest; blocks several side by side, since what limits them
-# is the chain of additions. With more tokens, all are converted once, and several stand side by side.
+# is the chain of additions. With more tokens, rows of 16 bits go into wide tiles where there are such; all others are
+# converted once, and several stand side by side.
 
 compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 choose = compiled(variant)
@@ -81,6 +82,35 @@ def _dots(
             )
             r += few
         t += some
+
+
+@compiled
+def _wide_dots(
+    code: Any, row: Any, pitch: Any, rows: Any, x: Any, tokens: Any, n: Any, out: Any, stride: Any, group: Any
+) -> None:
+    """`_dots` of 16-bit rows and many tokens: a group of rows stays in the second-level cache while all tokens, a tile
+    after the other, go through it."""
+    whole = rows // MOST_ROWS * MOST_ROWS
+    for first in range(0, whole, group):
+        stop = min(first + group, whole)
+        t = 0
+        while t < tokens:
+            tiles = (tokens - t + WIDE_TOKENS - 1) // WIDE_TOKENS
+            some = (tokens - t + tiles - 1) // tiles
+            for r in range(first, stop, MOST_ROWS):
+                dot(
+                    choose(code, MOST_ROWS, some),
+                    row + r * pitch,
+                    pitch,
+                    x + 4 * n * t,
+                    4 * n,
+                    n,
+                    out + stride * t + 4 * r,
+                    stride,
+                )
+            t += some
+    if whole < rows:
+        _dots(code, row + whole * pitch, pitch, rows - whole, x, tokens, n, out + 4 * whole, stride, MOST_ROWS)
 
 
 @compiled
@@ -164,6 +194,9 @@ def linear(
         return
     if code == F32:
         _dots(code, weight, width, rows, x, tokens, cols, out, stride, MOST_ROWS)
+        return
+    if WIDE_TOKENS > 0 and code < BLOCKS_FROM:
+        _wide_dots(code, weight, width, rows, x, tokens, cols, out, stride, 2 * group // MOST_ROWS * MOST_ROWS)
         return
     for first in range(0, rows, group):
         some = min(group, rows - first)

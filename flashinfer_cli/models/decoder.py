@@ -106,11 +106,30 @@ class Decoder:
         self.head = head
         self.first_guess = first_guess
         self.by_block = tuple(tuple(slices) for slices in by_block)
-        streamed_body = tuple(s for s in body if s.home is None)
-        self._passes = {
-            False: streamed_body,
-            True: (*streamed_body, *(s for s in head.slices if s.home is None)),
-        }
+        self._body = tuple(body)
+        self._passes = self._streamed()
+
+    def _streamed(self) -> dict[bool, tuple[Slice, ...]]:
+        """What a pass streams, in the order of use: without the head, and with it."""
+        body = tuple(s for s in self._body if s.home is None)
+        return {False: body, True: (*body, *(s for s in self.head.slices if s.home is None))}
+
+    @property
+    def streamed(self) -> tuple[Slice, ...]:
+        """What every pass with a head streams."""
+        return self._passes[True]
+
+    def keep(self, slices: Sequence[Slice]) -> None:
+        """Between two passes: let slices that streamed stay from now on."""
+        self.rt.feed.end()
+        self.rt.feed.pin(slices)
+        self._passes = self._streamed()
+
+    def let_go(self, slices: Sequence[Slice]) -> None:
+        """Between two passes: let slices that stayed stream from now on. There must be a ring."""
+        self.rt.feed.end()
+        self.rt.feed.unpin(slices)
+        self._passes = self._streamed()
 
     def slices_of(self, index: int) -> tuple[Slice, ...]:
         """All that block `index` may stream, in the order of use."""
