@@ -15,7 +15,7 @@ record can be read with direct I/O. Row and column of a neuron lie together as i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -115,7 +115,7 @@ class Manifest:
             "parameters": self.parameters,
             "exactness": self.exactness,
             "files": {name: asdict(entry) for name, entry in self.files.items()},
-            "weights": asdict(self.weights),
+            "weights": {"model": _refs(self.weights.model), "layers": [_refs(layer) for layer in self.weights.layers]},
             "formats": {name: asdict(stored) for name, stored in self.formats.items()},
             "records": {str(layer): asdict(layout) for layer, layout in self.records.items()},
         }
@@ -142,6 +142,11 @@ class Manifest:
             return _manifest(body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{MANIFEST_FILE} is damaged: {error!r}.", "Make the bundle again.") from None
+
+
+def _refs(roles: Mapping[str, WeightRef]) -> dict[str, dict[str, Any]]:
+    """As they have always been written: a bundle has nothing turned."""
+    return {role: {k: v for k, v in asdict(ref).items() if k != "turned"} for role, ref in roles.items()}
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:

@@ -325,7 +325,7 @@ class _Planner:
                         f"'{rows.info.name}' is {rows.format} {list(rows.shape)}, unlike "
                         f"'{first.info.name}' of another expert: {first.format} {list(first.shape)}."
                     )
-            quantize = "none" if role.endswith(".bias") else self.quantization.experts
+            quantize: Quantize = "none" if role.endswith(".bias") else self.quantization.experts
             stored = self.format(f"{role} of experts", first, quantize)
             if self.target is not None and not is_blocks(stored):
                 self.exact = self.exact and not rounds(stored, self.target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -77,5 +78,9 @@ def _times(x: torch.Tensor, part: ExpertPart, pieces: list[torch.Tensor], rt: Ru
     step = max(1, TURNED_ELEMENTS // part.rows)
     for first in range(0, part.cols, step):
         rows = to_float(weight[first : first + step], part.format)
-        out += rt.apart(lambda some, rows=rows: some @ rows, x[:, first : first + step])  # type: ignore[misc]
+        out += rt.apart(partial(_product, rows), x[:, first : first + step])
     return out
+
+
+def _product(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x @ rows
