@@ -2,11 +2,16 @@
 
     python -m benchmarks.experts routing MODEL TEXT... [--tokens N] [--out FOLDER]
     python -m benchmarks.experts bias MODEL TEXT... [--memory SIZE | --slots N] [--tokens N]
+    python -m benchmarks.experts degrade BUNDLE TEXT... [--memory SIZE | --slots N] [--tokens N]
+    python -m benchmarks.experts ahead BUNDLE TEXT... [--tokens N]
     python -m benchmarks.experts ablation MODEL [--memory SIZE] [--tokens N]
+    python -m benchmarks.experts      routing and bias of zoo:stories-moe over its held-out stories
 
 `routing` feeds held-out text token by token, records it, and replays it: hit ratio against k, recall against lookahead
-and number, beside chance. `bias` measures perplexity against misses for cache-aware routing. `ablation` is the paper's
-Table 2: everything, without reading ahead, without the cache, and neither.
+and number, beside chance. `bias` measures perplexity against misses for cache-aware routing, `degrade` against what is
+read where light experts come from small copies. `ahead` calibrates a bundle on the text that is not held out, and says
+what trained probes find. `ablation` is the paper's Table 2: everything, without reading ahead, without the cache, and
+neither. Every command ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,12 +30,18 @@ import torch
 
 import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
+from flashinfer_cli import zoo
+from flashinfer_cli.apps.ahead import calibrate_ahead
 from flashinfer_cli.apps.recording import recording
 from flashinfer_cli.apps.replay import replay
 from flashinfer_cli.apps.replay_page import render
+from flashinfer_cli.cli.calibrate import ahead_table
 from flashinfer_cli.cli.console import Console
 from flashinfer_cli.cli.replay import replay_tables
+from flashinfer_cli.config import RunConfig
 from flashinfer_cli.training.data import read_documents, split
+
+from .machine import emit
 
 WINDOW = 256  # tokens of a story that are fed
 PARTS = {
@@ -96,11 +108,12 @@ def routing(given: argparse.Namespace) -> None:
     (given.out / "experts.html").write_text(render(found))
     (given.out / "experts.json").write_text(json.dumps(found | {"loss": loss, "model": name}))
     Console().show(replay_tables(found))
+    emit("experts routing", found["points"], model=name, loss=loss, recall=found["recall"])
 
 
 def bias(given: argparse.Namespace) -> None:
     print(f"{'bias':>6} {'keep':>4} {'perplexity':>10} {'change':>8} {'misses':>7} {'a token':>9}")
-    first = 0.0
+    first, rows = 0.0, []
     for strength, keep in ((0.0, 1), *((s, k) for k in (1, 2) for s in (0.1, 0.2, 0.4, 0.8, 1.6))):
         options = {"cache_bias": strength, "keep_top": keep, "prefetch_experts": "off"}
         with with_slots(given.slots), fc.load(given.model, context=WINDOW, memory=given.memory, **options) as engine:
@@ -111,10 +124,42 @@ def bias(given: argparse.Namespace) -> None:
         first = first or perplexity
         missed = f"{misses / (misses + hits):>7.1%} {misses / tokens:>9.2f}"
         print(f"{strength:>6} {keep:>4} {perplexity:>10.3f} {perplexity / first - 1:>+8.2%} {missed}", flush=True)
+        rows.append({"bias": strength, "keep": keep, "perplexity": perplexity, "misses_a_token": misses / tokens})
+    emit("experts bias", rows, model=given.model, slots=given.slots)
+
+
+def degrade(given: argparse.Namespace) -> None:
+    print(f"{'share':>6} {'perplexity':>10} {'change':>8} {'misses':>7} {'small':>6}  a token; {'read':>9}")
+    first, rows = 0.0, []
+    for share in (0.0, 0.2, 0.3, 0.4, 0.5, 1.0):
+        options = {"degrade": share, "prefetch_experts": "off"}
+        with with_slots(given.slots), fc.load(given.model, context=WINDOW, memory=given.memory, **options) as engine:
+            perplexity = float(torch.tensor(feed(engine, given.texts, given.tokens)).exp())
+            report, cache = engine.report(), engine.experts
+            tokens, misses = report.decode.tokens, cache.policy.misses()
+            small = sum(row["degraded"] for row in report.experts if row["phase"] == "decode")
+            spans = cache.spans[cache.first_layer]
+            read = (misses * spans[0].nbytes + small * spans[-1].nbytes) / tokens
+        first = first or perplexity
+        change = perplexity / first - 1
+        counts = f"{misses / tokens:>7.2f} {small / tokens:>6.2f}"
+        print(f"{share:>6} {perplexity:>10.3f} {change:>+8.2%} {counts} {read / 1e3:>15.1f} KB", flush=True)
+        rows.append({"degrade": share, "perplexity": perplexity, "misses_a_token": misses / tokens,
+                     "small_a_token": small / tokens, "bytes_a_token": read})  # fmt: skip
+    emit("experts degrade", rows, model=given.model, slots=given.slots)
+
+
+def ahead(given: argparse.Namespace) -> None:
+    found = calibrate_ahead(
+        given.model, "\n".join(split(read_documents(given.texts))[0]), RunConfig(), tokens=given.tokens
+    )
+    Console().show([ahead_table(found)])
+    emit("experts ahead", [vars(pair) for pair in found.pairs], model=given.model, tokens=found.tokens)
 
 
 def ablation(given: argparse.Namespace) -> None:
     print(f"{'':12} {'tok/s':>7} {'MB a token':>10} {'hits':>6} {'waiting':>8}  reading ahead")
+    rows = []
     for name, options in PARTS.items():
         with with_slots(given.slots), fc.load(given.model, context=2048, memory=given.memory, **options) as engine:
             draw = random.Random(7)
@@ -132,12 +177,14 @@ def ablation(given: argparse.Namespace) -> None:
         verdict = report.expert_cache["prefetch"]["verdict"]
         rate = f"{len(steps) / seconds:>7.2f} {read:>10.1f}"
         print(f"{name:12} {rate} {hits:>6.0%} {waiting:>8.0%}  {verdict}", flush=True)
+        rows.append({"parts": name, "tokens_per_second": len(steps) / seconds, "mb_a_token": read, "hits": hits})
+    emit("experts ablation", rows, model=given.model, memory=given.memory)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for call in (routing, bias, ablation):
+    for call in (routing, bias, degrade, ahead, ablation):
         command = commands.add_parser(call.__name__)
         command.set_defaults(call=call)
         command.add_argument("model")
@@ -148,6 +195,10 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--tokens", type=int, default=64 if call is ablation else 4000)
         if call is routing:
             command.add_argument("--out", type=Path, default=Path("experts"))
+    if not (sys.argv[1:] if arguments is None else arguments):
+        for command in ("routing", "bias"):
+            main([command, "zoo:stories-moe", str(zoo.HELD_OUT), "--slots", "16"])
+        return
     given = parser.parse_args(arguments)
     given.call(given)
 

@@ -49,6 +49,26 @@ class MoeConfig:
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False  # sigmoid gate on the shared expert's output (qwen2_moe)
     num_noop_experts: int = 0  # choices of the router behind the experts that compute nothing (integrated MoDE)
+    num_groups: int = 1  # the experts stand in so many groups (deepseek_v2),
+    groups_per_tok: int = 1  # of which a token takes from the best so many
+    routed_scaling: float = 1.0  # multiplies the weights of the chosen
+    clamped_swiglu: tuple[float, float] | None = (
+        None  # (alpha, limit) of gpt_oss' activation, where it takes act's place
+    )
+    interleaved: bool = False  # gate and up of an expert are one matrix, row by row in turn (gpt_oss)
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """Multi-head latent attention (2405.04434): keys and values of all heads come from one short vector a token, and
+    that is what the cache keeps, beside the part of the key that RoPE turns. A head's query and key are
+    qk_nope_head_dim + qk_rope_head_dim long."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None  # queries come from a short vector too
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,8 @@ class ModelConfig:
     logit_scale: float = 1.0
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()  # by layer: does the window apply; empty: to none
+    attention_sinks: bool = False  # a learned score a head that every token's softmax counts too (gpt_oss)
+    mla: MlaConfig | None = None
     moe: MoeConfig | None = None
     moe_layers: tuple[bool, ...] = ()  # by layer: experts or one dense FFN; empty: as `moe` says for all
     mod: DepthConfig | None = None
@@ -120,9 +142,18 @@ class ModelConfig:
         return self.rope_local if self.rope_local is not None and self.is_sliding(layer) else self.rope
 
     @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """What a layer keeps of a token: (heads, elements of a key, elements of a value). With latent attention one
+        key, whose beginning is the value too."""
+        if self.mla is not None:
+            return 1, self.mla.kv_lora_rank + self.mla.qk_rope_head_dim, 0
+        return self.num_key_value_heads, self.head_dim, self.head_dim
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values one token adds over all layers, at 4 bytes an element."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * 4
+        heads, key, value = self.kv_shape
+        return self.num_hidden_layers * heads * (key + value) * 4
 
 
 @dataclass(frozen=True)
@@ -130,13 +161,14 @@ class WeightRef:
     """Rows [row, row + rows) of a tensor seen as a matrix: all its leading dimensions flattened into rows.
 
     One expert of a fused [E, rows, cols] tensor, the `up` half of a fused gate_up, or a whole [rows, cols] tensor; a
-    vector of n elements is one row.
+    vector of n elements is one row. `turned`: it stands with its columns as rows (gpt_oss' experts in bf16).
     """
 
     tensor: str
     row: int
     rows: int
     cols: int
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,8 +178,10 @@ class WeightMap:
     Global roles: embed, head (the same ref as embed when tied), head.bias, positions, project_in, project_out,
     final_norm, final_norm.bias.
     Layer roles: attn_norm, attn_post_norm, ffn_norm, ffn_post_norm (each also with .bias); q, k, v or qkv, and o
-    (each also with .bias); q_norm, k_norm (also .bias); up, down (and gate where gated; each also with .bias); router
-    (.bias); experts.<e>.gate|up|down; shared.gate|up|down; shared_gate; mod_router; mod_hidden, mod_out (.bias).
+    (each also with .bias), or with latent attention q or q_a, q_a_norm, q_b, and kv_a, kv_a_norm, kv_b; q_norm, k_norm
+    (also .bias); sinks; up, down (and gate where gated; each also with .bias); router (.bias); experts.<e>.gate|up|down
+    or experts.<e>.gate_up|down (.bias, and .scales: rows of FP4 pairs apart from their scales); shared.gate|up|down
+    (.bias); shared_gate; mod_router; mod_hidden, mod_out (.bias).
     """
 
     model: dict[str, WeightRef]
@@ -181,6 +215,9 @@ class RunConfig:
     lookahead: int = 1  # layers ahead to guess the experts of
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
     keep_top: int | None = None  # with it, the best that are chosen in any case; None: 1 of few experts, else 2
+    # Below this share of its token's expert weights, an expert that is not here is served from its small copy; lossy
+    # above 0, and for bundles made with small copies alone.
+    degrade: float = 0.0
     logit_rows: int = 1  # rows of logits held at once: one to generate, more to evaluate
     # compiled: made now if need be; reference: the plain torch twins; auto: compiled, unless they are still to be made
     # and the model is too small to be worth it.
@@ -208,6 +245,8 @@ class RunConfig:
             raise UsageError(f"--lookahead is {self.lookahead}; it must be 1 or 2 layers.")
         if not self.cache_bias >= 0 or (self.keep_top is not None and self.keep_top < 0):
             raise UsageError("--cache-bias and --keep-top must be 0 or more.")
+        if not 0 <= self.degrade <= 1:
+            raise UsageError(f"--degrade is {self.degrade}; it must be a share of a token's weights, from 0 to 1.")
         if self.speculate not in ("auto", "off") and not (self.speculate.isdigit() and 1 <= int(self.speculate) <= 16):
             raise UsageError(f"--speculate is '{self.speculate}', which is none of auto, off, 1 to 16.")
         if self.speculate.isdigit() and self.draft is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import device as devices
+from .bundles.ahead import read_ahead
 from .bundles.format import RecordLayout
 from .cache.kv import KVCache
 from .cache.slices import Feed
@@ -119,7 +120,9 @@ class Engine:
         self.sparsity = None if run.exact else model.sparsity
         sparse_layers = [layer.layer for layer in self.sparsity.layers] if self.sparsity is not None else []
         predictors = load_predictors(model.checkpoint.path, sparse_layers, self.kernels, self.device)
-        layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers)
+        bundled_experts = model.config.moe is not None and model.checkpoint.kind == "bundle"
+        self.probes = read_ahead(model.checkpoint.path) if bundled_experts else {}
+        layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers, run.degrade > 0)
         known = self.sparsity.layers if self.sparsity is not None else ()
         self.neuron_wants = {layer.layer: layer.working_set(run.window) for layer in known}
         records = getattr(model.checkpoint, "records", {})
@@ -143,7 +146,7 @@ class Engine:
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
-                self.decoder = builder.build(run, predictors, self.neuron_wants)
+                self.decoder = builder.build(run, predictors, self.neuron_wants, self.probes)
                 feed.progress = None
                 self.experts = builder.experts
                 self.neurons = builder.neurons
@@ -250,7 +253,10 @@ class Engine:
     # ---- what it did
     @property
     def exactness(self) -> str:
-        """ "sparse" where neurons are skipped or routing prefers what is in the cache, else as the weights are."""
+        """ "sparse" where neurons are skipped or routing prefers what is in the cache, "degraded" where small copies of
+        experts serve, else as the weights are."""
+        if self.run.degrade > 0:
+            return "degraded"
         biased = self.run.cache_bias > 0 and self.experts is not None
         return "sparse" if self.sparsity is not None or biased else self.model.exactness
 
@@ -262,6 +268,7 @@ class Engine:
             "policy": self.run.expert_policy, "slots": cache.policy.capacity, "experts": cache.policy.total,
             "transit": cache.slots - cache.policy.capacity, "slot_bytes": cache.slot_bytes,
             "prefetch": cache.guessing.verdict(), "lookahead": cache.lookahead, "cache_bias": self.run.cache_bias,
+            "degrade": self.run.degrade,
         }  # fmt: skip
 
     def _check(self, logits: torch.Tensor) -> None:

@@ -54,6 +54,7 @@ class ExpertCount:
     guessed: int = 0  # reads ahead of need that have been settled
     right: int = 0  # of these, experts that were then needed
     wasted_bytes: int = 0
+    degraded: int = 0  # served from small copies; neither hits nor misses
     uses: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # expert -> passes that needed it
     recall: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))  # ahead -> [named, of]
 
@@ -182,6 +183,10 @@ class Recorder:
             recall[0] += len(needed.intersection(guessed[: len(needed)]))
             recall[1] += len(needed)
 
+    def degraded(self, layer: int, count: int) -> None:
+        """A pass took so many experts of a layer from their small copies."""
+        self.expert_counts[self.phase, layer].degraded += count
+
     def guess(self, layer: int, right: bool, nbytes: int) -> None:
         """A guessed read of a layer's expert has come out right, or wrong and so many bytes were read for nothing."""
         count = self.expert_counts[self.phase, layer]
@@ -242,7 +247,7 @@ class RunReport:
     """The whole account of a run. Sizes are bytes, times seconds."""
 
     model: dict[str, Any]  # name, path, kind, model_type, parameters, weight_bytes, formats
-    exactness: str  # exact | quantized | sparse
+    exactness: str  # exact | quantized | sparse | degraded
     device: str
     kernels: str
     threads: int
@@ -262,7 +267,7 @@ class RunReport:
     steps: tuple[Step, ...]
     wasted_bytes: int
     first_token_seconds: float | None
-    experts: tuple[dict[str, Any], ...] = ()  # phase, layer, hits, misses, guessed, right, wasted_bytes, recall, uses
+    experts: tuple[dict[str, Any], ...] = ()  # by phase and layer: `expert_rows`
     expert_cache: dict[str, Any] | None = None  # policy, slots, slot_bytes, transit, prefetch and its verdict, bias
     speculation: dict[str, Any] | None = None  # draft, acceptance, tokens_per_pass, ...: decoding.speculative
     drive: dict[str, Any] | None = None  # request_bytes, depth, bytes_per_second: measured in place
@@ -351,6 +356,7 @@ def expert_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:
         {
             "phase": phase, "layer": layer, "hits": count.hits, "misses": count.misses,
             "guessed": count.guessed, "right": count.right, "wasted_bytes": count.wasted_bytes,
+            "degraded": count.degraded,
             "recall": {ahead: found / of for ahead, (found, of) in sorted(count.recall.items()) if of},
             "uses": dict(sorted(count.uses.items())),
         }

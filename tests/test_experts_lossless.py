@@ -15,7 +15,8 @@ from flashinfer_cli import engine as engine_module
 from flashinfer_cli.config import EXPERT_POLICIES, RunConfig
 from flashinfer_cli.engine import Engine
 
-CASES = [(f, i) for f in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe") for i in range(len(tiny_config_dicts()[f]))]
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss")
+CASES = [(family, index) for family in FAMILIES for index in range(len(tiny_config_dicts()[family]))]
 PROMPT, STEPS = [5, 9, 100, 3, 77, 31, 8], 14
 
 
@@ -81,6 +82,29 @@ def test_every_policy_and_size(
         guessed = sum(row["guessed"] for row in report.experts)
         assert (guessed == 0) == (prefetch == "off" or transit == 1)
         assert sum(row["wasted_bytes"] for row in report.experts) == report.wasted_bytes
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    folder = make("deepseek_v2", 0, tmp_path_factory.mktemp("all") / "model")[0]
+    out = fc.bundle(folder, folder.parent / "bundle")
+    with fc.load(out, stream="never", context=60, prefill_chunk=4) as engine:
+        return out, logits_of(engine)
+
+
+@pytest.mark.parametrize("policy", [*EXPERT_POLICIES, "none"])
+@pytest.mark.parametrize("prefetch", ["off", "auto", 3])
+def test_policies_sizes_and_guesses_in_every_combination(
+    bundled: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch, policy: str, prefetch: str | int
+) -> None:
+    for stay in (0, 1, 3, 7, 11):
+        for transit, lookahead in ((1, 1), (4, 2)):
+            with monkeypatch.context() as patch:
+                slots(patch, stay, transit)
+                options = {"expert_policy": policy, "prefetch_experts": prefetch, "lookahead": lookahead}
+                with fc.load(bundled[0], context=60, prefill_chunk=4, **options) as engine:
+                    assert torch.equal(logits_of(engine, 6), bundled[1][:7]), (stay, transit)
+                    assert engine.report().exactness == "exact"
 
 
 def test_streamed(folder: Path, resident: torch.Tensor) -> None:

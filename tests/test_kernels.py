@@ -26,7 +26,7 @@ from flashinfer_cli.kernels.listed import Listed
 SCALES = {  # byte offsets of the float16 fields of a block
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "Q4_G64": (0, 2, 4, 6),
+    "Q4_G64": (0, 2, 4, 6), "MXFP4": (),
 }  # fmt: skip
 TOKENS = (1, 2, 5, 16, 17, 40)
 
@@ -74,6 +74,9 @@ def weights(fmt: str, rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor
     for offset in SCALES[fmt]:
         scale = rng.uniform(-0.02, 0.02, len(blocks)).astype(np.float16)
         blocks[:, offset : offset + 2] = scale[:, None].view(np.uint8)
+    if fmt == "MXFP4":  # powers of two, one of them among the least there are
+        blocks[:, 0] = rng.integers(112, 122, len(blocks))
+        blocks[:2, 0] = 0, 1
     data = blocks.reshape(rows, -1)
     if fmt == "Q4_G64":
         return unaligned(data, 2), g64_values(blocks).reshape(rows, cols)

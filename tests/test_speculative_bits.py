@@ -20,9 +20,9 @@ from flashinfer_cli.training.model import Decoder
 from flashinfer_cli.training.shape import Shape
 
 RUN = 9  # tokens checked at once
-# Rotations that depend on the length, caps, windows, biases, routers, shared experts: each at least once.
+# Rotations that depend on the length, caps, windows, biases, routers, shared experts, latents, sinks: at least once.
 CASES = [("llama", 3), ("llama", 6), ("gemma2", 1), ("gemma3_text", 1), ("phi", 0), ("opt", 1), ("falcon", 3),
-         ("qwen2_moe", 0), ("olmoe", 1)]  # fmt: skip
+         ("qwen2_moe", 0), ("olmoe", 1), ("deepseek_v2", 1), ("gpt_oss", 0)]  # fmt: skip
 
 
 def equal_to_steps(session: Session, other: Session, ids: list[int], prompt: int) -> None:

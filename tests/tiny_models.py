@@ -62,6 +62,12 @@ def _longrope(pairs: int, **rest: Any) -> Config:
 
 _MHA: Config = {"num_key_value_heads": 4}
 _MQA: Config = {"num_key_value_heads": 1}
+_MLA: Config = {"num_key_value_heads": ..., "n_routed_experts": 6, "num_experts_per_tok": 2, "kv_lora_rank": 32,
+                "moe_intermediate_size": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+                "v_head_dim": 16}  # fmt: skip
+_OSS: Config = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32,
+                "max_position_embeddings": 131072} | rope("yarn", 15e4, factor=32.0, truncate=False,
+                                                          original_max_position_embeddings=16)  # fmt: skip
 _MOE: Config = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -157,6 +163,19 @@ def _table() -> dict[str, list[Config]]:
         "olmoe": [
             _base(num_experts=6, num_experts_per_tok=2, **_MHA),
             _base(num_experts=4, num_experts_per_tok=3, norm_topk_prob=True, clip_qkv=0.6, **LINEAR),
+        ],
+        "deepseek_v2": [
+            _base(**_MLA, first_k_dense_replace=1, num_hidden_layers=3, q_lora_rank=None, routed_scaling_factor=1.5),
+            _base(**(_MLA | {"v_head_dim": 24}), q_lora_rank=24, n_shared_experts=1,
+                  topk_method="group_limited_greedy", n_group=3, topk_group=2, routed_scaling_factor=2.0,
+                  attention_bias=True, mlp_bias=True, first_k_dense_replace=1, num_attention_heads=8,
+                  **rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7)),
+        ],
+        "gpt_oss": [
+            _base(**_OSS, head_dim=16, sliding_window=5, num_hidden_layers=3),
+            _base(**(_OSS | _MHA | rope() | {"num_experts_per_tok": 3}),
+                  head_dim=24, sliding_window=4, layer_types=["full_attention",
+                  "sliding_attention"], swiglu_limit=0.5),
         ],
     }  # fmt: skip
 

@@ -35,10 +35,11 @@ def dry_run(
     quantize_experts: str | None = None,
     quantize_trunk: str | None = None,
     rounding: str = "search",
+    small_experts: str | None = None,
     revision: str | None = None,
 ) -> BundlePlan:
     """What `bundle` would write, from the source's headers alone."""
-    quantization = chosen(quantize, quantize_experts, quantize_trunk, rounding)
+    quantization = chosen(quantize, quantize_experts, quantize_trunk, rounding, small_experts)
     opened = open_source(model, revision)
     return plan_bundle(opened.checkpoint, opened.config, opened.weights, dtype=dtype, quantization=quantization)
 
@@ -52,6 +53,7 @@ def bundle(
     quantize_experts: str | None = None,
     quantize_trunk: str | None = None,
     rounding: str = "search",
+    small_experts: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     notify: Callable[[str], None] | None = None,
@@ -61,12 +63,13 @@ def bundle(
 
     `dtype` is of the streamed weights that stay plain: auto, f32, f16 or bf16. `quantize` (none, int8, int4) rounds the
     weights, to what `quantize_experts` says those that stream and to what `quantize_trunk` says the others, where these
-    are given; int4 alone leaves the trunk at int8. `rounding` is `search` or `nearest`. `notify` gets a sentence where
-    something asked for cannot be done. Raises UsageError for words that there are not or that contradict each other,
-    BundleError where OUT is something else, or a run with other parameters was cut off there; StorageError when the
-    disk is full.
+    are given; int4 alone leaves the trunk at int8. `rounding` is `search` or `nearest`.
+    `small_experts` (int8, int4) adds a second, smaller copy of every expert, for `degrade`. `notify` gets a sentence
+    where something asked for cannot be done. Raises UsageError for words that there are not or that contradict each
+    other, BundleError where OUT is something else, or a run with other parameters was cut off there; StorageError when
+    the disk is full.
     """
-    quantization = chosen(quantize, quantize_experts, quantize_trunk, rounding)
+    quantization = chosen(quantize, quantize_experts, quantize_trunk, rounding, small_experts)
     opened = open_source(model, revision)
     if notify is not None:
         planned = plan_bundle(opened.checkpoint, opened.config, opened.weights, dtype=dtype, quantization=quantization)

@@ -169,10 +169,10 @@ def _layers(
             if progress is not None:
                 progress(index, len(decoder.blocks), f"calibrating layer {index + 1} of {len(decoder.blocks)}")
             with rt.feed.hold(decoder.slices_of(index)):
-                watched = _watched(block, inputs)
+                noting = watched(block, inputs)
                 for number, x in enumerate(states):
                     kv.trim(0)
-                    states[number] = watched(x, kv, len(x), rt)
+                    states[number] = noting(x, kv, len(x), rt)
                 if index not in done.layers and isinstance(block.ffn, RecordFfn):
                     gate, gate_bias = _gate(block.ffn, engine)
             if index not in done.layers and isinstance(block.ffn, RecordFfn):
@@ -185,7 +185,7 @@ def _layers(
     return [done.layers[i] for i in sorted(done.layers)], done.tensors()
 
 
-def _watched(block: Block, inputs: torch.Tensor) -> Block:
+def watched(block: Block, inputs: torch.Tensor) -> Block:
     """The block, with what goes into its FFN noted down in the rows of `inputs` [N, d], one after the other."""
     ffn, place = block.ffn, 0
 

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..models.open import open_model
 
 ROWS = 128  # positions whose logits are held at once
+LOSSY = ("sparse", "degraded")  # runs that may differ while decoding alone
 
 
 def evaluate(
@@ -42,11 +43,11 @@ def evaluate(
     loss, count = 0.0, 0
     kl, agree = 0.0, 0
     with Engine(opened, settled) as engine:
-        resident = replace(settled, stream="never", memory="100%", exact=True, cache_bias=0.0)
+        resident = replace(settled, stream="never", memory="100%", exact=True, cache_bias=0.0, degrade=0.0)
         dense = Engine(opened, resident) if against == "dense" else None
         try:
             chunk = engine.plan.chunk if dense is None else min(engine.plan.chunk, dense.plan.chunk)
-            if engine.experts is not None and engine.exactness == "sparse":
+            if engine.experts is not None and engine.exactness in LOSSY:
                 chunk = 1  # routing looks at the cache: what is in it must be what a run would have there
             for window in windows(ids, context):
                 mine = log_probs(engine, window, chunk)
@@ -98,7 +99,7 @@ def log_probs(engine: Engine, ids: Sequence[int], chunk: int | None = None) -> I
     """Log-probabilities after each position of `ids`, at most `chunk` rows [t, V] at a time."""
     session = engine.session()
     try:
-        phase: Literal["prefill", "decode"] = "decode" if engine.exactness == "sparse" else "prefill"
+        phase: Literal["prefill", "decode"] = "decode" if engine.exactness in LOSSY else "prefill"
         for logits in session.all_logits(ids, chunk or engine.plan.chunk, phase):
             yield logits.cpu().log_softmax(-1)
     finally:

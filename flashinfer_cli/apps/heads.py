@@ -24,7 +24,7 @@ from ..models.open import OpenModel
 from .bundling import TEXT_FILES, open_source
 
 METHODS = ("mean", "first", "random")
-FIXED = ("opt", "persimmon")  # a config of these cannot say that heads are shared
+FIXED = ("opt", "persimmon", "deepseek_v2")  # a config of these cannot say that heads are shared
 CHUNK = 16 * MiB  # bytes copied at once
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

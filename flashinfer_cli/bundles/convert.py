@@ -27,6 +27,8 @@ _SCALES: dict[str, tuple[int, tuple[int, ...]]] = {
 
 def all_finite(raw: Bytes, format: str) -> bool:
     """Is no element of these whole rows infinite or NaN? For GGUF blocks: no scale."""
+    if format == "MXFP4":  # its scales are bytes, of which one means NaN
+        return bool((np.ascontiguousarray(raw).reshape(-1, 17)[:, 0] != 255).all())
     if is_blocks(format):
         size, words = _SCALES[format]
         halves = np.ascontiguousarray(raw).reshape(-1, size).view(np.uint16)

@@ -5,7 +5,8 @@
         trunk.safetensors         what always stays: everything but the streamed FFN weights, in forward order
         neurons-003.safetensors   one dense layer, [intermediate_size, width]: a row is gate row | up row | down column
         experts-004.safetensors   one layer of experts, [num_experts, width]: a row is w1 | w3 | w2, as in the source
-    blocks-005.safetensors    one dense layer that keeps its GGUF blocks: gate, up and down as they were
+        small-004.safetensors     the same experts in fewer bits, for --degrade, where they were asked for
+        blocks-005.safetensors    one dense layer that keeps its GGUF blocks: gate, up and down as they were
 
 A neuron is 512 n bytes long and an expert 4,096 n, and the data of every file starts on a 4,096-byte boundary, so each
 record can be read with direct I/O. Row and column of a neuron lie together as in LLM in a Flash (2312.11514, 3.2).
@@ -14,8 +15,8 @@ record can be read with direct I/O. Row and column of a neuron lie together as i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal
 
@@ -103,6 +104,7 @@ class Manifest:
     weights: WeightMap
     formats: dict[str, StoredFormat]
     records: dict[int, RecordLayout]
+    small: dict[int, RecordLayout] = field(default_factory=dict)  # experts a second time, in fewer bits
 
     def to_json(self) -> bytes:
         """The file's bytes: the same for the same content, with no time or path in it."""
@@ -113,10 +115,12 @@ class Manifest:
             "parameters": self.parameters,
             "exactness": self.exactness,
             "files": {name: asdict(entry) for name, entry in self.files.items()},
-            "weights": asdict(self.weights),
+            "weights": {"model": _refs(self.weights.model), "layers": [_refs(layer) for layer in self.weights.layers]},
             "formats": {name: asdict(stored) for name, stored in self.formats.items()},
             "records": {str(layer): asdict(layout) for layer, layout in self.records.items()},
         }
+        if self.small:
+            body["small"] = {str(layer): asdict(layout) for layer, layout in self.small.items()}
         return (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode()
 
     @staticmethod
@@ -138,6 +142,11 @@ class Manifest:
             return _manifest(body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{MANIFEST_FILE} is damaged: {error!r}.", "Make the bundle again.") from None
+
+
+def _refs(roles: Mapping[str, WeightRef]) -> dict[str, dict[str, Any]]:
+    """As they have always been written: a bundle has nothing turned."""
+    return {role: {k: v for k, v in asdict(ref).items() if k != "turned"} for role, ref in roles.items()}
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:
@@ -167,6 +176,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         weights=WeightMap(refs(body["weights"]["model"]), tuple(refs(layer) for layer in body["weights"]["layers"])),
         formats={name: stored(given) for name, given in body["formats"].items()},
         records={int(layer): layout(given) for layer, given in body["records"].items()},
+        small={int(layer): layout(given) for layer, given in body.get("small", {}).items()},
     )
 
 
@@ -217,7 +227,9 @@ def neuron_layout(layer: int, count: int, dtype: str, parts: Sequence[tuple[str,
     return RecordLayout("neurons", name, f"layers.{layer}.neurons", count, width, shown, tuple(placed))
 
 
-def expert_layout(layer: int, count: int, parts: Sequence[tuple[str, int, int, str]]) -> RecordLayout:
+def expert_layout(
+    layer: int, count: int, parts: Sequence[tuple[str, int, int, str]], name: str = "experts"
+) -> RecordLayout:
     """Records of one MoE layer: `count` experts, `parts` as (role, rows, cols, format) in record order."""
     placed: list[RecordPart] = []
     offset = 0
@@ -230,5 +242,5 @@ def expert_layout(layer: int, count: int, parts: Sequence[tuple[str, int, int, s
     dtype = formats.pop() if len(formats) == 1 else "U8"
     if is_blocks(dtype):
         dtype = "U8"
-    width, name = align_up(offset, EXPERT_ALIGNMENT), f"experts-{layer:03}.safetensors"
-    return RecordLayout("experts", name, f"layers.{layer}.experts", count, width, dtype, tuple(placed))
+    width, file = align_up(offset, EXPERT_ALIGNMENT), f"{name}-{layer:03}.safetensors"
+    return RecordLayout("experts", file, f"layers.{layer}.{name}", count, width, dtype, tuple(placed))

@@ -13,11 +13,26 @@ from .quantize import Rounding
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [row, row + rows) of a source tensor."""
+    """Rows [row, row + rows) of a source tensor, as a matrix of `shape` and `format`.
+
+    `turned`: they are its columns. `scales`: they are pairs of FP4 values, 16 bytes a row, whose scales stand there.
+    """
 
     info: TensorInfo
     row: int
     rows: int
+    turned: bool = False
+    scales: Rows | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.scales is not None:
+            return self.scales.rows, 32 * self.scales.info.cols
+        return (self.info.cols, self.rows) if self.turned else (self.rows, self.info.cols)
+
+    @property
+    def format(self) -> str:
+        return self.info.format if self.scales is None else "MXFP4"
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +98,7 @@ class BundlePlan:
     weights: WeightMap
     formats: dict[str, StoredFormat]
     records: dict[int, RecordLayout]
+    small: dict[int, RecordLayout]
     notes: tuple[str, ...] = ()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 
 from ..checkpoint.base import FORMATS, PLAIN, Checkpoint, TensorInfo
@@ -29,16 +30,35 @@ DTYPES = ("auto", "f32", "f16", "bf16")
 FFN = ("gate", "up", "down")  # the order within a record
 # What `--quantize-trunk` rounds: matrices that are large. Norms, biases, routers and tables of positions stay.
 _ROUNDED = frozenset(
-    ("q", "k", "v", "qkv", "o", "embed", "head", "project_in", "project_out", "shared.gate", "shared.up", "shared.down")
+    (
+        "q",
+        "q_a",
+        "q_b",
+        "k",
+        "v",
+        "qkv",
+        "kv_a",
+        "kv_b",
+        "o",
+        "embed",
+        "head",
+        "project_in",
+        "project_out",
+        "shared.gate",
+        "shared.up",
+        "shared.down",
+    )
 )
 MOST_PADDED = 1.06  # a quantised record may be so much longer for its alignment, or matrices are kept instead
 _SPARSE = ("relu", "relu2")  # activations whose neurons are worth reading one by one
-_EXPERT = re.compile(r"experts\.(\d+)\.(gate|up|down)")
+EXPERT = ("gate", "up", "gate_up", "gate_up.bias", "down", "down.bias")  # the order within an expert's record
+_EXPERT = re.compile(r"experts\.(\d+)\.(?:gate|up|gate_up|down)(?:\.bias|\.scales)?")
 # Forward order of the trunk; roles of neither list follow in alphabetical order.
 _BEFORE = ("embed", "project_in", "positions")
 _AFTER = ("final_norm", "project_out", "head")
 _LAYER = (
-    "attn_norm", "qkv", "q", "k", "v", "q_norm", "k_norm", "o", "attn_post_norm", "ffn_norm", "router",
+    "attn_norm", "qkv", "q", "q_a", "q_a_norm", "q_b", "k", "v", "kv_a", "kv_a_norm", "kv_b", "q_norm", "k_norm",
+    "sinks", "o", "attn_post_norm", "ffn_norm", "router",
     "gate", "up", "down", "shared_gate", "shared.gate", "shared.up", "shared.down", "ffn_post_norm",
 )  # fmt: skip
 
@@ -84,6 +104,7 @@ def plan_bundle(
         weights,
         planner.formats,
         planner.records,
+        planner.small,
         tuple(planner.notes),
     )
 
@@ -108,9 +129,9 @@ def _locate(tensors: Mapping[str, TensorInfo], ref: WeightRef) -> Rows:
 
 def _streamable(sources: Iterable[Rows]) -> None:
     for rows in sources:
-        if rows.info.format not in PLAIN and not is_blocks(rows.info.format):
+        if rows.format not in PLAIN and not is_blocks(rows.format):
             raise UnsupportedModelError(
-                f"The tensor '{rows.info.name}' is {rows.info.format}; FFN weights are floating point or GGUF blocks."
+                f"The tensor '{rows.info.name}' is {rows.format}; FFN weights are floating point or GGUF blocks."
             )
 
 
@@ -179,6 +200,7 @@ class _Planner:
         self.tensors, self.config, self.target, self.quantization = tensors, config, target, quantization
         self.formats: dict[str, StoredFormat] = {}
         self.records: dict[int, RecordLayout] = {}
+        self.small: dict[int, RecordLayout] = {}
         self.notes: dict[str, None] = {}
         self.exact = True
 
@@ -193,18 +215,26 @@ class _Planner:
                 matrices = {role: own.place(role, roles[role], self.quantization.experts) for role in content}
                 streamed.append(own.file(f"{MATRICES}{layer:03}.safetensors"))
             elif content is not None:
-                layout = self.records[layer] = content.layout
-                header = safetensors_header([(layout.tensor, layout.format, layout.shape)])
-                size = len(header) + layout.count * layout.width_bytes
-                streamed.append(PlannedFile(layout.file, size, header, content, self.quantization.rounding))
+                self.records[layer] = content.layout
+                streamed.append(self._file(content))
+                small = self._small(layer, content) if isinstance(content, ExpertContent) else None
+                if small is not None:
+                    self.small[layer] = small.layout
+                    streamed.append(self._file(small))
             kept.append(matrices)
         trunk, placed = self._trunk(weights)
         layers = tuple(stays | matrices for stays, matrices in zip(placed.layers, kept, strict=True))
         return (trunk, *streamed), WeightMap(placed.model, layers)
 
-    def format(self, role: str, rows: Rows, quantize: Quantize, cols: int | None = None) -> str:
+    def _file(self, content: NeuronContent | ExpertContent) -> PlannedFile:
+        layout = content.layout
+        header = safetensors_header([(layout.tensor, layout.format, layout.shape)])
+        size = len(header) + layout.count * layout.width_bytes
+        return PlannedFile(layout.file, size, header, content, self.quantization.rounding)
+
+    def format(self, role: str, rows: Rows, quantize: Quantize) -> str:
         """What a matrix becomes: the blocks asked for where its columns allow it, else what it is."""
-        source, cols = rows.info.format, rows.info.cols if cols is None else cols
+        source, cols = rows.format, rows.shape[1]
         if quantize == "none" or _is_kept(source, quantize):
             return source
         found = format_of(quantize, cols)
@@ -230,13 +260,19 @@ class _Planner:
                 f"Layer {layer} has {len(numbers)} experts, not the {count} of the configuration."
             )
         experts: list[tuple[Rows, ...]] = []
-        names = [part for part in FFN if f"experts.0.{part}" in roles]
+        names = [part for part in EXPERT if f"experts.0.{part}" in roles]
         for expert in range(count):
             missing = [part for part in names if f"experts.{expert}.{part}" not in roles]
             if missing:
                 raise CorruptCheckpointError(f"Expert {expert} of layer {layer} has no '{missing[0]}' matrix.")
-            experts.append(tuple(_locate(self.tensors, roles[f"experts.{expert}.{part}"]) for part in names))
+            experts.append(tuple(self._matrix(roles, f"experts.{expert}.{part}") for part in names))
         return self._experts(layer, names, tuple(experts))
+
+    def _matrix(self, roles: dict[str, WeightRef], role: str) -> Rows:
+        rows, scales = _locate(self.tensors, roles[role]), roles.get(f"{role}.scales")
+        return replace(
+            rows, turned=roles[role].turned, scales=None if scales is None else _locate(self.tensors, scales)
+        )
 
     def _dense(self, layer: int, sources: dict[str, Rows]) -> NeuronContent | dict[str, Rows]:
         if "up" not in sources or "down" not in sources:
@@ -284,17 +320,37 @@ class _Planner:
             _streamable(column)
             first = column[0]
             for rows in column[1:]:
-                if (rows.rows, rows.info.cols, rows.info.format) != (first.rows, first.info.cols, first.info.format):
+                if (rows.shape, rows.format) != (first.shape, first.format):
                     raise CorruptCheckpointError(
-                        f"'{rows.info.name}' is {rows.info.format} [{rows.rows}, {rows.info.cols}], unlike "
-                        f"'{first.info.name}' of another expert: {first.info.format} [{first.rows}, {first.info.cols}]."
+                        f"'{rows.info.name}' is {rows.format} {list(rows.shape)}, unlike "
+                        f"'{first.info.name}' of another expert: {first.format} {list(first.shape)}."
                     )
-            stored = self.format(f"{role} of experts", first, self.quantization.experts)
+            quantize: Quantize = "none" if role.endswith(".bias") else self.quantization.experts
+            stored = self.format(f"{role} of experts", first, quantize)
             if self.target is not None and not is_blocks(stored):
                 self.exact = self.exact and not rounds(stored, self.target)
                 stored = self.target
-            parts.append((role, first.rows, first.info.cols, stored))
+            parts.append((role, *first.shape, stored))
         return ExpertContent(expert_layout(layer, len(experts), parts), experts)
+
+    def _small(self, layer: int, content: ExpertContent) -> ExpertContent | None:
+        """The layer's experts in fewer bits; None where that is not asked for or gives nothing."""
+        quantize = self.quantization.small
+        if quantize == "none":
+            return None
+        parts = []
+        for part in content.layout.parts:
+            smaller = None if part.role.endswith(".bias") else format_of(quantize, part.cols)
+            if smaller is not None and format_bytes(smaller, part.cols) >= format_bytes(part.format, part.cols):
+                smaller = None
+            parts.append((part.role, part.rows, part.cols, smaller or part.format))
+        layout = expert_layout(layer, content.layout.count, parts, "small")
+        if layout.width_bytes >= content.layout.width_bytes:
+            self.notes[f"Experts of {content.layout.parts[0].format} become no smaller as {quantize}: no copies."] = (
+                None
+            )
+            return None
+        return ExpertContent(layout, content.experts)
 
     # ---- what stays
     def _trunk(self, weights: WeightMap) -> tuple[PlannedFile, WeightMap]:

@@ -36,29 +36,41 @@ LARGEST = float(np.finfo(np.float16).max)
 @dataclass(frozen=True)
 class Quantization:
     """What is rounded when a bundle is made: `experts` is what streams (experts, neurons of dense layers), `trunk`
-    attention, embedding, head and shared experts. Raises UsageError for words that there are not."""
+    attention, embedding, head and shared experts. `small` is what second, smaller records of the experts hold, for
+    `--degrade`. Raises UsageError for words that there are not, or small copies that are not smaller."""
 
     experts: Quantize = "none"
     trunk: Quantize = "none"
     rounding: Rounding = "search"
+    small: Quantize = "none"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("--quantize-experts", self.experts, QUANTIZE),
             ("--quantize-trunk", self.trunk, QUANTIZE),
+            ("--small-experts", self.small, QUANTIZE),
             ("--rounding", self.rounding, ROUNDINGS),
         ):
             if value not in known:
                 raise UsageError(f"{name} is '{value}', which is none of {', '.join(known)}.")
+        if self.small != "none" and QUANTIZE.index(self.small) <= QUANTIZE.index(self.experts):
+            raise UsageError(
+                f"--small-experts {self.small} is no smaller than experts of {self.experts}.", "Ask for fewer bits."
+            )
 
     @property
     def parameters(self) -> dict[str, str]:
         """What the manifest says about it."""
-        return {"quantize_experts": self.experts, "quantize_trunk": self.trunk, "rounding": self.rounding}
+        found = {"quantize_experts": self.experts, "quantize_trunk": self.trunk, "rounding": self.rounding}
+        return found if self.small == "none" else found | {"small_experts": self.small}
 
 
 def chosen(
-    quantize: str = "none", experts: str | None = None, trunk: str | None = None, rounding: str = "search"
+    quantize: str = "none",
+    experts: str | None = None,
+    trunk: str | None = None,
+    rounding: str = "search",
+    small: str | None = None,
 ) -> Quantization:
     """The choice from options: `experts` and `trunk` are what `quantize` says where they are not given.
 
@@ -67,7 +79,7 @@ def chosen(
     if quantize not in QUANTIZE:
         raise UsageError(f"--quantize is '{quantize}', which is none of {', '.join(QUANTIZE)}.")
     default = TRUNK_OF[quantize]
-    return Quantization(experts or quantize, trunk or default, rounding)  # type: ignore[arg-type]
+    return Quantization(experts or quantize, trunk or default, rounding, small or "none")  # type: ignore[arg-type]
 
 
 def format_of(quantize: Quantize, cols: int) -> str | None:

@@ -42,6 +42,11 @@ class BundleCheckpoint:
         return self.manifest.records
 
     @property
+    def small(self) -> dict[int, RecordLayout]:
+        """Experts in fewer bits, beside those in `records`."""
+        return self.manifest.small
+
+    @property
     def files(self) -> list[Path]:
         return [self.path / name for name in self.manifest.files if name.endswith(".safetensors")]
 
@@ -75,7 +80,7 @@ def open_bundle(path: Path) -> BundleCheckpoint:
         if size != entry.bytes:
             raise BundleError(f"{file} is {size} bytes long, not {entry.bytes} as the bundle's manifest says.", _AGAIN)
     matrices = (name for name in manifest.files if name.startswith(MATRICES))
-    for name in dict.fromkeys((TRUNK_FILE, *(layout.file for layout in manifest.records.values()), *matrices)):
+    for name in dict.fromkeys((TRUNK_FILE, *(layout.file for layout in _layouts(manifest)), *matrices)):
         if name not in manifest.files:
             raise BundleError(f"The manifest of {path} does not list {name}.", _AGAIN)
         tensors |= _read_header(path / name, manifest.formats)
@@ -83,6 +88,10 @@ def open_bundle(path: Path) -> BundleCheckpoint:
     return BundleCheckpoint(
         path, manifest, tensors, _json(path, manifest, "config.json"), _json(path, manifest, "generation_config.json")
     )
+
+
+def _layouts(manifest: Manifest) -> list[RecordLayout]:
+    return [*manifest.records.values(), *manifest.small.values()]
 
 
 def _json(path: Path, manifest: Manifest, name: str) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def _compare(path: Path, manifest: Manifest, tensors: Mapping[str, TensorInfo]) 
                 raise BundleError(
                     f"The manifest of {path} and the files disagree about the tensor '{ref.tensor}'.", _AGAIN
                 )
-    for layer, layout in manifest.records.items():
+    for layer, layout in (*manifest.records.items(), *manifest.small.items()):
         info = tensors.get(layout.tensor)
         inside = all(part.offset >= 0 and part.offset + part.nbytes <= layout.width_bytes for part in layout.parts)
         if info is None or info.row_bytes != layout.width_bytes or info.num_rows != layout.count or not inside:

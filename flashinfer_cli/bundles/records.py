@@ -26,6 +26,7 @@ import numpy.typing as npt
 from ..checkpoint.base import FORMATS, PLAIN, TensorInfo
 from ..config import MiB
 from ..errors import CorruptCheckpointError, UnsupportedModelError
+from ..kernels.mxfp4 import join
 from .convert import BITS, Bits, Bytes, all_finite, convert, encode, transpose_into
 from .format import is_blocks
 from .layout import ExpertContent, MatrixContent, NeuronContent, PlannedFile, Rows
@@ -115,6 +116,29 @@ def _copy(source: SourceFiles, rows: Rows, format: str, rounding: Rounding, pool
             future.cancel()
 
 
+def _made(source: SourceFiles, rows: Rows, format: str, rounding: Rounding, pool: ThreadPoolExecutor) -> Blocks:
+    """A matrix that does not stand in the source row by row, of an expert: read whole."""
+
+    def read(rows: Rows) -> Bytes:
+        raw = np.empty((rows.rows, rows.info.row_bytes), np.uint8)
+        source.read(rows.info.path, rows.info.rows(rows.row, rows.rows).offset, raw)
+        return raw
+
+    raw, (count, cols) = read(rows), rows.shape
+    if rows.scales is not None:
+        scales = read(rows.scales)
+        made = np.empty((*scales.shape, 17), np.uint8)
+        join(raw.reshape(*scales.shape, 16), scales, made)
+        made = made.reshape(count, -1)
+    else:
+        made = np.ascontiguousarray(raw.view(BITS[rows.format]).T).view(np.uint8)
+    info = replace(rows.info, format=rows.format)
+    _check(made, info)
+    step = max(1, BLOCK_ELEMENTS // cols)
+    starts = range(0, count, step)
+    yield from pool.map(lambda start: _encode(made[start : start + step], info, format, rounding), starts)
+
+
 def _matrix_blocks(content: MatrixContent, rounding: Rounding) -> Blocks:
     with SourceFiles() as source, ThreadPoolExecutor(THREADS) as pool:
         for piece in content.pieces:
@@ -132,7 +156,8 @@ def _expert_blocks(content: ExpertContent, rounding: Rounding) -> Blocks:
             for part, rows in zip(layout.parts, matrices, strict=True):
                 if part.offset > end:
                     yield np.zeros(part.offset - end, np.uint8)
-                yield from _copy(source, rows, part.format, rounding, pool)
+                copy = _copy if rows.format == rows.info.format and not rows.turned else _made
+                yield from copy(source, rows, part.format, rounding, pool)
                 end = part.offset + part.nbytes
             if layout.width_bytes > end:
                 yield np.zeros(layout.width_bytes - end, np.uint8)

@@ -128,7 +128,7 @@ def _write_files(
         content = small[name]
         entries[name] = write_atomic(folder / name, content if isinstance(content, bytes) else content.read_bytes())
     manifest = Manifest(
-        journal.source, plan.parameters, plan.exactness, entries, plan.weights, plan.formats, plan.records
+        journal.source, plan.parameters, plan.exactness, entries, plan.weights, plan.formats, plan.records, plan.small
     )
     write_atomic(folder / MANIFEST_FILE, manifest.to_json())
 

@@ -38,7 +38,8 @@ class _Guess:
 class ExpertCache:
     """Slots for the experts of all layers.
 
-    `extents[layer][expert]` are the pieces of an expert (one in a bundle, two or three in other files). `policy` keeps
+    `extents[layer][expert]` are the pieces of an expert (one in a bundle, more in other files); behind all of a layer's
+    experts may stand small copies of them, in the same order, which pass through and never stay. `policy` keeps
     as many experts as it has room for, 0 at the least; `transit` more slots, at least one, take what is on its way in,
     and all but one of them may hold guesses.
     """
@@ -76,8 +77,11 @@ class ExpertCache:
         self._named: dict[int, dict[int, list[int]]] = {}  # layer -> layers ahead -> experts guessed, best first
 
     # ---- demands
-    def fetch(self, layer: int, chosen: np.ndarray) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """Start bringing in what the tokens of a pass chose, int [T, k], best first, -1 for none.
+    def fetch(
+        self, layer: int, chosen: np.ndarray, small: Sequence[int] = ()
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Start bringing in what the tokens of a pass chose, int [T, k], best first, -1 for none; and the `small`
+        copies of these experts, which come as number E + expert.
 
         The result yields (expert, its pieces as uint8 tensors on the device), resident ones first. The pieces are
         valid until the next item is asked for. It must be run to its end or closed before the next fetch.
@@ -98,7 +102,10 @@ class ExpertCache:
                 self._free.append(self._slot.pop(key))
         for key in [key for key in self._guesses if key[0] == layer and key[1] not in needed]:
             self._drop(key)
-        self._arrivals = _Arrivals(self, layer, outcome.present, outcome.missing)
+        if small:
+            recorder.degraded(layer, len(small))
+        copies = [self.policy.records[layer] + expert for expert in small]
+        self._arrivals = _Arrivals(self, layer, outcome.present, [*outcome.missing, *copies])
         return iter(self._arrivals)
 
     def _begin(self, layer: int, expert: int, *, may_wait: bool) -> tuple[int, Ticket] | None:
@@ -127,9 +134,12 @@ class ExpertCache:
             self._drain()
         return self._free.popleft() if self._free else None
 
+    def stays(self, layer: int, expert: int) -> bool:
+        return expert < self.policy.records[layer] and self.policy.holds(layer, expert)
+
     def here(self, layer: int) -> dict[int, list[torch.Tensor]]:
         """The experts of a layer that are in memory, and their pieces. Reads nothing, and the policy hears nothing."""
-        found = [expert for expert in range(len(self.spans[layer])) if (layer, expert) in self._slot]
+        found = [expert for expert in range(self.policy.records[layer]) if (layer, expert) in self._slot]
         return {expert: self._pieces(layer, expert, self._slot[layer, expert]) for expert in found}
 
     # ---- guesses
@@ -183,8 +193,8 @@ class ExpertCache:
 
     def fill(self) -> None:
         """Bring in every expert: where all fit, so that the first tokens are not slower than the rest."""
-        for layer, spans in self.spans.items():
-            for _ in self.fetch(layer, np.arange(len(spans))[None]):
+        for layer, count in self.policy.records.items():
+            for _ in self.fetch(layer, np.arange(count)[None]):
                 pass
 
 
@@ -234,7 +244,7 @@ class _Arrivals:
 
     def _leave(self, expert: int) -> None:
         """An expert is computed: its slot is free unless it stays."""
-        if not self.cache.policy.holds(self.layer, expert):
+        if not self.cache.stays(self.layer, expert):
             self.cache._free.append(self.cache._slot.pop((self.layer, expert)))
         self._issue()
 
@@ -244,10 +254,10 @@ class _Arrivals:
         for expert, slot, ticket in self.pending:
             cache.store.cancel(ticket)
             ticket._done.wait()
-            cache.policy.discard(layer, expert)
+            self._forget(expert)
             cache._free.append(slot)
         for expert in self.missing:
-            cache.policy.discard(layer, expert)
+            self._forget(expert)
             if (layer, expert) in cache._guesses:
                 cache._drop((layer, expert))
         for expert in self.present:
@@ -255,3 +265,7 @@ class _Arrivals:
                 cache._free.append(cache._slot.pop((layer, expert)))
         for left in (self.pending, self.missing, self.present):
             left.clear()
+
+    def _forget(self, expert: int) -> None:
+        if self.cache.stays(self.layer, expert):
+            self.cache.policy.discard(self.layer, expert)

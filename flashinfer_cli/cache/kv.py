@@ -13,7 +13,7 @@ from ..errors import ContextError
 
 class KVCache:
     """Per layer float32 [num_key_value_heads, capacity, head_dim], filled up to `length`. `trim` rewinds
-    (speculation).
+    (speculation). With latent attention keys are [1, capacity, kv_lora_rank + qk_rope_head_dim], values empty.
 
     A layer that tokens may skip holds those that did not, and their positions in the sequence.
     """
@@ -21,12 +21,14 @@ class KVCache:
     def __init__(self, config: ModelConfig, capacity: int, device: str, dtype: torch.dtype = torch.float32) -> None:
         self.capacity = capacity
         self.length = 0
-        shape = (config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        heads, *widths = config.kv_shape
+        self.keys, self.values = (
+            [torch.empty((heads, capacity, width), dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            for width in widths
+        )
         self._positions: dict[int, list[int]] = {
             layer: [] for layer in range(config.num_hidden_layers) if config.is_skippable(layer)
         }
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,7 @@ _STRING, _ARRAY = 8, 9
 GGML_FORMATS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    30: "BF16",
+    30: "BF16", 39: "MXFP4",
 }  # fmt: skip
 _BUFFER = 1 << 20
 _MOST_STRING = 1 << 27  # bytes; tokenizer.huggingface.json has tens of megabytes

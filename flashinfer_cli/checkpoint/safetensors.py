@@ -113,13 +113,18 @@ def _config(folder: Path, names: list[str]) -> dict[str, Any]:
     places = (config, text) if isinstance(text, dict) else (config,)
     for key in ("quantization_config", "compression_config", "quantization"):
         for place in places:
-            if place.get(key):
+            if place.get(key) and not (key == "quantization_config" and _is_read(place[key])):
                 method = _method(key, place[key])
                 raise UnsupportedModelError(
                     f"The weights of {folder} are quantized with {method}, which is not supported.",
                     "Take the original model, or a GGUF file of it.",
                 )
     return config
+
+
+def _is_read(value: Any) -> bool:
+    """Is it a way of storing weights that we compute on."""
+    return isinstance(value, dict) and value.get("quant_method") == "mxfp4"
 
 
 def _method(key: str, value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,12 +20,13 @@ HEADS = ("read", "time")
 STUDY_TOKENS = 2_048  # thresholds need no more
 
 if TYPE_CHECKING:
+    from ..apps.ahead import Ahead
     from ..apps.gated import Study
     from ..bundles.sparsity import Sparsity
 
 
 def calibrate(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle of a ReLU model.")],
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle of a ReLU or MoE model.")],
     text: Annotated[
         Path | None,
         typer.Option(
@@ -63,16 +64,30 @@ def calibrate(
     measured are written into the bundle, which then runs sparse (--exact runs it whole). Interrupted, it goes on when
     started again.
 
+    Of a mixture of experts it is learned to guess the experts of layers to come from a hidden state; where that finds
+    more than the layer's router does, runs of the bundle go by it. Only the speed changes.
+
     Of a gated model with another activation it is measured what skipping small neurons would cost and save, several
     ways, and whether any of them pays; nothing is written.
     """
     console = Console(quiet)
+    from ..apps.ahead import calibrate_ahead, has_experts
     from ..apps.calibrate import calibrate as learn
     from ..apps.calibrate import read_text
     from ..apps.gated import applies, study
 
     given = read_text(text if text is not None else zoo.HELD_OUT)
     most = parse_share(max_ppl_increase, "--max-ppl-increase")
+    if has_experts(bundle):
+        ahead = calibrate_ahead(
+            bundle, given, replace(RunConfig(), memory=memory), tokens=tokens, progress=console.progress
+        )
+        console.clear()
+        if json:
+            console.answer(as_json({"tokens": ahead.tokens, "pairs": [asdict(pair) for pair in ahead.pairs]}))
+        else:
+            console.show([ahead_table(ahead)])
+        return
     if applies(bundle):
         studied = study(
             bundle, given, replace(RunConfig(), memory=memory), tokens=min(tokens, STUDY_TOKENS), max_increase=most,
@@ -89,11 +104,22 @@ def calibrate(
     )
     console.clear()
     if json:
-        from dataclasses import asdict
-
         console.answer(as_json(asdict(found)))
     else:
         console.show([table(found)])
+
+
+def ahead_table(found: Ahead) -> Table:
+    """A row a pair of layers: what the router and the probe find ahead, and which of them a run will go by."""
+    rows = []
+    for pair in found.pairs:
+        source = "embedding" if pair.source < 0 else str(pair.source)
+        best = "probe" if pair.better else "router"
+        cells = (f"{pair.router:.1%}", f"{pair.probe:.1%}", f"{pair.chance:.1%}", best)
+        rows.append((source, str(pair.layer), str(pair.layer - pair.source), *cells))
+    notes = ("Share of the chosen experts among as many guesses, on tokens held out. Guesses change the speed only.",)
+    columns = ("from", "layer", "ahead", "router", "probe", "chance", "taken")
+    return Table(f"Guesses of experts, learned from {found.tokens:,} tokens", columns, rows, notes)
 
 
 def table(found: Sparsity) -> Table:

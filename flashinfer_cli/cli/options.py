@@ -226,6 +226,18 @@ class RunOptions:
             show_default="1 where experts are few, else 2",
         ),
     ] = RunConfig.keep_top
+    degrade: Annotated[
+        float,
+        typer.Option(
+            "--degrade",
+            min=0,
+            max=1,
+            metavar="SHARE",
+            rich_help_panel=MEMORY,
+            help="Experts that are not in memory and have less than SHARE of a token's weights are served from the "
+            "small copies of a bundle made with --small-experts: fewer bytes, other words.",
+        ),
+    ] = RunConfig.degrade
     kernels: Annotated[
         Literal["auto", "compiled", "reference"],
         typer.Option(

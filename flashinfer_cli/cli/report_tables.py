@@ -202,6 +202,9 @@ def _experts(report: Mapping[str, Any]) -> list[Table]:
         f"{cache['transit']} slots for those on their way; {format_size(cache['slot_bytes'])} each.",
         f"Reading ahead is {_verdict(cache['prefetch'])}.",
     ]
+    degraded = sum(row.get("degraded", 0) for row in lines)
+    if degraded:
+        notes.append(f"{degraded:,} more came from small copies (--degrade {cache['degrade']:g}).")
     columns = ("layer", "asked for", "hits", "recall", "read ahead", "right", "wasted", "in use", "by the top quarter")
     return [Table(f"Experts, {phase}", columns, rows, notes=tuple(notes))]
 

@@ -218,6 +218,14 @@ def bundle(
             help="search for the scales that lose least, or round to nearest (faster, and worse).",
         ),
     ] = "search",
+    small_experts: Annotated[
+        Literal["none", "int8", "int4"],
+        typer.Option(
+            "--small-experts",
+            rich_help_panel=OUTPUT,
+            help="Add a second, smaller copy of every expert, for runs with --degrade.",
+        ),
+    ] = "none",
     order: Annotated[
         Literal["source", "coactivation"],
         typer.Option(
@@ -250,9 +258,10 @@ def bundle(
     """
     console = Console(quiet)
     asked = quantize != "none" or quantize_experts is not None or quantize_trunk is not None
+    asked = asked or small_experts != "none"
     if verify and (asked or rounding != "search" or dtype != "auto" or dry_run or overwrite):
         raise UsageError("--verify checks a bundle that is there; it goes with none of the options that make one.")
-    if rounding == "nearest" and quantize == "none" and {quantize_experts, quantize_trunk} <= {None, "none"}:
+    if rounding == "nearest" and {quantize, quantize_experts, quantize_trunk, small_experts} <= {None, "none"}:
         raise UsageError("--rounding nearest says how to quantize, and nothing is to be quantized.", "Add --quantize.")
     if out is None and not verify:
         raise UsageError("Missing argument 'OUT'.", "Name the folder to make: genai-run bundle MODEL OUT.")
@@ -279,6 +288,7 @@ def bundle(
             quantize_experts=quantize_experts,
             quantize_trunk=quantize_trunk,
             rounding=rounding,
+            small_experts=small_experts,
             revision=revision,
         )
         for note in planned.notes:
@@ -299,6 +309,7 @@ def bundle(
         quantize_experts=quantize_experts,
         quantize_trunk=quantize_trunk,
         rounding=rounding,
+        small_experts=small_experts,
         overwrite=overwrite,
         revision=revision,
         notify=console.note,

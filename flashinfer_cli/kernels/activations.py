@@ -25,6 +25,12 @@ def gelu_quick(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """gate * sigmoid(alpha gate) * (up + 1) with gate at most, and up within, `limit`: gpt_oss' gated activation."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "relu2": relu2,

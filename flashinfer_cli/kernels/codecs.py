@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from .lanes import I8, I16, I32, LANES, Lanes, Pointer
+from .lanes import F32, I8, I16, I32, LANES, Lanes, Pointer
 
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -154,8 +155,20 @@ def _iq4_xs(source: Pointer, target: Target) -> None:
         _iq4_pair(source, 8 + 16 * group, target, 32 * group, own * scale)
 
 
+def _mxfp4(source: Pointer, target: Target) -> None:
+    """A power of two, e8m0, and e2m1 values: twice the values are small integers, so half of the power multiplies."""
+    bits = source.load(0, I8).widen(I32) << 23
+    least = bits._same(0x00400000)  # 2^-127, below float32's normal numbers
+    builder = source.builder
+    scale = Lanes(builder, builder.select(builder.icmp_unsigned(">", bits.value, least), bits.value, least))
+    half, q = scale.as_bits(F32) * 0.5, source.load(1, I8, LANES)
+    for part, nibble in enumerate((q & 15, q >> 4)):
+        target.store(4 * LANES * part, nibble.choose(MXFP4_VALUES).to_float_signed() * half)
+
+
 DECODERS: dict[str, Callable[[Pointer, Target], None]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "Q4_G64": _q4_g64,
+    "MXFP4": _mxfp4,
 }  # fmt: skip

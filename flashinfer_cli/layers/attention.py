@@ -23,16 +23,19 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last T of S positions: q [heads, T, hd], k and v [kv_heads, S, hd] -> [T, heads * hd].
+    """Causal attention of the last T of S positions: q [heads, T, hd], k [kv_heads, S, hd], v [kv_heads, S, vd] ->
+    [T, heads * vd].
 
-    `window`: position i sees j where i - window < j <= i. `softcap`: scores become cap * tanh(score / cap). Queries are
-    taken in blocks, so scratch stays within SCORE_BYTES for any length.
+    `window`: position i sees j where i - window < j <= i. `softcap`: scores become cap * tanh(score / cap). `sinks`
+    [heads]: one more score, of nothing, in every softmax. Queries are taken in blocks, so scratch stays within
+    SCORE_BYTES for any length.
     """
     heads, tokens, hd = q.shape
-    kv_heads, length, _ = k.shape
+    kv_heads, length, vd = v.shape
     group = heads // kv_heads
-    out = q.new_empty(tokens, heads, hd)
+    out = q.new_empty(tokens, heads, vd)
     block = max(1, SCORE_BYTES // (4 * heads * length))
     for first in range(0, tokens, block):
         last = min(first + block, tokens)
@@ -51,9 +54,17 @@ def attend(
             if window:
                 hidden |= j <= i - window
             scores.view(kv_heads, group, last - first, stop - low).masked_fill_(hidden, float("-inf"))
-        mixed = torch.matmul(scores.softmax(-1), values)
-        out[first:last] = mixed.view(heads, last - first, hd).transpose(0, 1)
-    return out.view(tokens, heads * hd)
+        mixed = torch.matmul(scores.softmax(-1) if sinks is None else _softmax_beside(scores, sinks), values)
+        out[first:last] = mixed.view(heads, last - first, vd).transpose(0, 1)
+    return out.view(tokens, heads * vd)
+
+
+def _softmax_beside(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Scores [kv_heads, rows, S] -> their softmax, a head's sink counted beside them and left out."""
+    beside = sinks.view(scores.shape[0], -1, 1).repeat_interleave(scores.shape[1] * scores.shape[0] // len(sinks), 1)
+    most = torch.maximum(scores.amax(-1, keepdim=True), beside)
+    scores = scores.sub_(most).exp_()
+    return scores.div_(scores.sum(-1, keepdim=True).add_((beside - most).exp_()))
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class Attention:
     q_norm: Norm | None
     k_norm: Norm | None
     norm_all_heads: bool  # over [heads * hd] at once, as OLMoE, rather than over each head
+    sinks: torch.Tensor | None = None  # float32 [heads]
 
     @property
     def is_here(self) -> bool:
@@ -138,7 +150,8 @@ class Attention:
         long = rt.mode.decoding and 2 * keys.numel() > LONG
         if long:
             rt.share_cores(little=False)
-        mixed = attend(q.transpose(0, 1), keys, values, scale=self.scale, window=self.window, softcap=self.softcap)
+        q = q.transpose(0, 1)
+        mixed = attend(q, keys, values, scale=self.scale, window=self.window, softcap=self.softcap, sinks=self.sinks)
         if long:
             rt.share_cores(little=True)
         return mixed

@@ -91,6 +91,15 @@ class Linear:
                 rt.kernels.linear(x, data.view(part.rows, -1), self.format, out, part.start)
         return out if self.bias is None else out.add_(self.bias)
 
+    def whole(self, rt: Runtime) -> torch.Tensor:
+        """The matrix as float32 [rows, cols]: for one that is multiplied from both sides."""
+        out = torch.empty(self.rows, self.cols, device=rt.feed.device.name)
+        for part in self.parts:
+            with rt.feed.use(part.slice) as data, rt.recorder.computing():
+                rows = rt.kernels.dequantize(data.view(part.rows, -1), self.format, self.cols)
+                out[part.start : part.start + part.rows] = rows
+        return out
+
     def gather(self, ids: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """Rows `ids` [T] as float32 [T, cols]; every slice must be pinned (an embedding that stays)."""
         out = torch.empty(len(ids), self.cols, device=ids.device)

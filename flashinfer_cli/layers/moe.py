@@ -10,41 +10,32 @@ import torch.nn.functional as F
 
 from ..cache.experts import ExpertCache
 from ..config import MoeConfig
-from ..kernels.activations import ACTIVATIONS
+from .expert import ExpertLayout, apply_expert
 from .ffn import DenseFfn
 from .linear import Runtime
 from .norm import Norm
 
 
-@dataclass(frozen=True)
-class ExpertPart:
-    """A matrix [rows, cols] of an expert: `nbytes` bytes from `offset` on in one of its pieces."""
-
-    piece: int
-    offset: int
-    nbytes: int
-    rows: int
-    cols: int
-    format: str
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """Where an expert's three matrices stand in its pieces."""
-
-    gate: ExpertPart
-    up: ExpertPart
-    down: ExpertPart
-
-
 def route(logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Router logits [T, E] -> (weights [T, k], experts [T, k]): softmax over all, then the k largest."""
-    weights, experts = logits.softmax(-1).topk(moe.num_experts_per_tok, dim=-1)
-    return _normed(weights, moe), experts
+    """Router logits [T, E] -> (weights [T, k], experts [T, k]): softmax over all, then the k largest, of the best
+    groups where experts stand in groups."""
+    probs = logits.softmax(-1)
+    if moe.num_groups > 1:
+        probs = probs.masked_fill(_other_groups(logits, moe), 0.0)
+    weights, experts = probs.topk(moe.num_experts_per_tok, dim=-1)
+    return _scaled(weights, moe), experts
 
 
-def _normed(weights: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
-    return weights / weights.sum(-1, keepdim=True) if moe.norm_topk_prob else weights
+def _other_groups(logits: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
+    """Of logits [T, E], which are not of the groups_per_tok groups with the largest (2405.04434)."""
+    best = logits.unflatten(-1, (moe.num_groups, -1)).amax(-1)
+    others = torch.ones_like(best, dtype=torch.bool).scatter_(-1, best.topk(moe.groups_per_tok, dim=-1).indices, False)
+    return others.repeat_interleave(moe.num_experts // moe.num_groups, -1)
+
+
+def _scaled(weights: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
+    weights = weights / weights.sum(-1, keepdim=True) if moe.norm_topk_prob else weights
+    return weights if moe.routed_scaling == 1.0 else weights * moe.routed_scaling
 
 
 @dataclass
@@ -66,12 +57,15 @@ class CacheBias:
         self.spans[1] += len(spans)
         probs = logits.softmax(-1)
         raised = logits + self.strength * (self.spans[0] / self.spans[1]) * held
+        if moe.num_groups > 1:
+            others = _other_groups(logits, moe)
+            probs, raised = probs.masked_fill(others, 0.0), raised.masked_fill(others, float("-inf"))
         if self.keep_top:
             best = probs.topk(min(self.keep_top, moe.num_experts_per_tok), dim=-1).indices
             raised = raised.scatter(-1, best, float("inf"))
         chosen = raised.topk(moe.num_experts_per_tok, dim=-1).indices
         weights, order = probs.gather(-1, chosen).sort(stable=True, dim=-1, descending=True)
-        return _normed(weights, moe), chosen.gather(-1, order)
+        return _scaled(weights, moe), chosen.gather(-1, order)
 
 
 @dataclass(frozen=True)
@@ -90,6 +84,8 @@ class Ahead:
     def guess(self, x: torch.Tensor, moe: MoeConfig, most: int) -> list[int]:
         """x [T, d] -> the experts that the tokens will want, at most `most`, best first."""
         logits = F.linear(x if self.scale is None else x * self.scale, self.router, self.router_bias)
+        if moe.num_groups > 1:
+            logits = logits.masked_fill(_other_groups(logits, moe), float("-inf"))
         if len(x) == 1:
             best = logits[0].topk(min(most, logits.shape[-1])).indices.tolist()
         else:
@@ -146,6 +142,7 @@ class MoeFfn:
     shared_gate: torch.Tensor | None  # float32 [1, d]
     ahead: tuple[Ahead, ...] = ()
     bias: CacheBias | None = None
+    degrade: float = 0.0  # of a token's weights: what has less is served from its small copy where it is not here
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
@@ -160,7 +157,12 @@ class MoeFfn:
             if self.moe.num_noop_experts:  # those behind the experts ask for nothing and add nothing
                 asked = np.where(asked < self.moe.num_experts, asked, -1)
                 by_rank.zero_()
-        arriving = self.cache.fetch(self.layer, asked)
+        small: list[int] = []
+        if self.degrade and rt.recorder.phase == "decode":
+            small = self._light(asked, weights.cpu().numpy())
+            asked = np.where(np.isin(asked, small), -1, asked)
+            chosen = torch.where(torch.isin(chosen, chosen.new_tensor(small)), chosen + self.moe.num_experts, chosen)
+        arriving = self.cache.fetch(self.layer, asked, small)
         if self.cache.distances:
             with rt.recorder.computing():
                 guess_ahead(self.ahead, x, self.moe, self.cache)
@@ -186,6 +188,13 @@ class MoeFfn:
         extra = self._shared(x, rt)
         return out if extra is None else out.add_(extra)
 
+    def _light(self, asked: np.ndarray, weights: np.ndarray) -> list[int]:
+        """Experts of asked [T, k] that are not here and have less than `degrade` of every token's weights [T, k]."""
+        wanted = asked >= 0
+        held = self.cache.policy.held(self.layer)[np.where(wanted, asked, 0)]
+        heavy = held | (weights >= self.degrade * weights.sum(-1, keepdims=True))
+        return sorted({*asked[wanted & ~heavy].tolist()} - {*asked[wanted & heavy].tolist()})
+
     def _route(self, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
         if self.bias is None or rt.recorder.phase != "decode":
             return route(logits, self.moe)
@@ -203,11 +212,4 @@ class MoeFfn:
         return extra
 
     def _expert(self, x: torch.Tensor, layout: ExpertLayout, pieces: list[torch.Tensor], rt: Runtime) -> torch.Tensor:
-        def times(x: torch.Tensor, part: ExpertPart) -> torch.Tensor:
-            weight = pieces[part.piece][part.offset : part.offset + part.nbytes].view(part.rows, -1)
-            out = x.new_empty(x.shape[0], part.rows)
-            rt.kernels.linear(x, weight, part.format, out, 0)
-            return out
-
-        h = rt.apart(ACTIVATIONS[self.act], times(x, layout.gate)).mul_(times(x, layout.up))
-        return times(h, layout.down)
+        return apply_expert(x, layout, pieces, self.act, self.moe, rt)

@@ -8,18 +8,20 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..bundles.ahead import Maps
 from ..cache.experts import ExpertCache
 from ..cache.neurons import NeuronCache, NeuronFile, Pinned
 from ..cache.policy import expert_policy
 from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
-from ..config import NEURON_BLOCK, ModelConfig, RunConfig
+from ..config import NEURON_BLOCK, MlaConfig, ModelConfig, RunConfig
 from ..device import Device
 from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
 from ..layers.demand import Demand
 from ..layers.embedding import Embedding
 from ..layers.ffn import DenseFfn, NextLayer, RecordFfn, SparseFfn
+from ..layers.latent import LatentAttention
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
 from ..layers.moe import Ahead, CacheBias, FirstGuess, MoeFfn, rescale
@@ -46,7 +48,9 @@ class Builder:
         self.tensors = checkpoint.tensors
         self.experts: ExpertCache | None = None
         self.bias: CacheBias | None = None
+        self.degrade = 0.0
         self.predictors: Mapping[int, Demand] = {}
+        self.probes: Maps = {}  # of a calibrated bundle: in the place of routers that guess worse
         self.neurons: NeuronCache | Pinned | None = None
         self._ropes: dict[object, Rope] = {}
         self._always = self._read_always()
@@ -66,7 +70,7 @@ class Builder:
                 value = self.rt.kernels.dequantize(stored, fmt, ref.cols).clone()
                 if not torch.isfinite(value).all():
                     raise CorruptCheckpointError(f"Tensor '{ref.tensor}' holds NaN or infinite values.")
-                is_vector = key[1].endswith(".bias") or "norm" in key[1]
+                is_vector = key[1].endswith(".bias") or "norm" in key[1] or key[1] == "sinks"
                 found[key] = self.device.put(value.flatten() if is_vector else value)
         return found
 
@@ -107,11 +111,38 @@ class Builder:
         self.neurons = NeuronCache(rt.feed.store, self.device, rt.recorder, files, policies, NEURON_BLOCK, guesses)
 
     # ---- layers
-    def _attention(self, index: int, layer: LayerLayout) -> Attention:
+    def _rope(self, index: int, head_dim: int) -> Rope | None:
+        rope_config = self.config.rope_of(index)
+        if rope_config is None:
+            return None
+        if rope_config not in self._ropes:
+            self._ropes[rope_config] = Rope(rope_config, head_dim, self.device.name)
+        return self._ropes[rope_config]
+
+    def _latent(self, index: int, layer: LayerLayout, mla: MlaConfig) -> LatentAttention:
+        def matrix(role: str) -> Linear:
+            return self._linear(index, role, layer.matrices[role])
+
+        rope, kv_norm = self._rope(index, mla.qk_rope_head_dim), self._norm(index, "kv_a_norm", kind="rms")
+        assert rope is not None and kv_norm is not None
+        return LatentAttention(
+            layer=index,
+            heads=self.config.num_attention_heads,
+            shape=mla,
+            scale=default_scale(self.config),
+            queries=tuple(matrix(role) for role in ("q", "q_a", "q_b") if role in layer.matrices),
+            q_norm=self._norm(index, "q_a_norm", kind="rms"),
+            latent=matrix("kv_a"),
+            kv_norm=kv_norm,
+            expand=matrix("kv_b"),
+            out=matrix("o"),
+            rope=rope,
+        )
+
+    def _attention(self, index: int, layer: LayerLayout) -> Attention | LatentAttention:
         config = self.config
-        rope_config = config.rope_of(index)
-        if rope_config is not None and rope_config not in self._ropes:
-            self._ropes[rope_config] = Rope(rope_config, config.head_dim, self.device.name)
+        if config.mla is not None:
+            return self._latent(index, layer, config.mla)
         roles = ("qkv",) if "qkv" in layer.matrices else ("q", "k", "v")
         kind = config.qk_norm_type
         return Attention(
@@ -123,13 +154,14 @@ class Builder:
             projections=tuple(self._linear(index, role, layer.matrices[role]) for role in roles),
             out=self._linear(index, "o", layer.matrices["o"]),
             grouped=config.qkv_layout == "grouped",
-            rope=None if rope_config is None else self._ropes[rope_config],
+            rope=self._rope(index, config.head_dim),
             window=config.sliding_window if config.is_sliding(index) else None,
             softcap=config.attn_logit_softcap,
             clip=config.clip_qkv,
             q_norm=self._norm(index, "q_norm", kind=kind),
             k_norm=self._norm(index, "k_norm", kind=kind),
             norm_all_heads=config.qk_norm == "full",
+            sinks=self._get(index, "sinks"),
         )
 
     def _ffn(self, index: int, layer: LayerLayout) -> DenseFfn | RecordFfn | SparseFfn | MoeFfn:
@@ -145,12 +177,13 @@ class Builder:
                 router=router,
                 router_bias=self._get(index, "router.bias"),
                 cache=self.experts,
-                layouts=tuple(layer.expert_layouts),
+                layouts=(*layer.expert_layouts, *layer.small_layouts),
                 act=config.hidden_act,
                 shared=shared,
                 shared_gate=self._get(index, "shared_gate"),
                 ahead=self._ahead(index, self._get(index, "ffn_norm")),
                 bias=self.bias,
+                degrade=self.degrade if layer.small_layouts else 0.0,
             )
         if layer.records is not None:
             dense = RecordFfn(
@@ -187,13 +220,18 @@ class Builder:
         return NextLayer(layer, self.predictors[layer], scale, shift)
 
     def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
-        """The routers of the layers behind one whose FFN has this norm, for guesses of their experts."""
+        """The routers of the layers behind one whose FFN has this norm, or what was learned to guess better, for
+        guesses of their experts."""
         plain = self.config.norm == "rms" and not self.config.norm_offset
         found = []
         for distance in LOOKAHEADS:
             layer = index + distance
             router, other = self._get(layer, "router"), self._get(layer, "ffn_norm")
             if router is None or other is None or layer >= len(self.layout.layers):
+                continue
+            if (index, layer) in self.probes:
+                weight, bias = (self.device.put(each) for each in self.probes[index, layer])
+                found.append(Ahead(distance, layer, weight, bias, None))
                 continue
             # Layer norms differ by more than a factor, and an offset is not in these weights.
             scale = rescale(norm, other) if norm is not None and plain else None
@@ -253,9 +291,14 @@ class Builder:
         )
 
     def build(
-        self, run: RunConfig, predictors: Mapping[int, Demand] | None = None, wants: Mapping[int, float] | None = None
+        self,
+        run: RunConfig,
+        predictors: Mapping[int, Demand] | None = None,
+        wants: Mapping[int, float] | None = None,
+        probes: Maps | None = None,
     ) -> Decoder:
         """Pin what stays, make the caches, and assemble. `wants` is the share of its neurons that a layer needs."""
+        self.probes, self.degrade = probes or {}, run.degrade
         layout, plan, rt = self.layout, self.plan, self.rt
         body = layout.body
         ordered = [*body, *layout.head.slices]
@@ -270,7 +313,7 @@ class Builder:
                 rt.feed.store,
                 self.device,
                 rt.recorder,
-                extents,
+                {i: [*each, *layout.layers[i].small_extents] for i, each in extents.items()},
                 policy=expert_policy(run.expert_policy, {i: len(e) for i, e in extents.items()}, plan.expert_slots),
                 transit=plan.transit_experts,
                 prefetch=run.prefetch_experts,

@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..layers.attention import Attention
 from ..layers.embedding import Embedding
 from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
+from ..layers.latent import LatentAttention
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import TokenRouter
 from ..layers.moe import FirstGuess, MoeFfn
@@ -25,7 +26,7 @@ from ..layers.norm import Norm
 class Block:
     """One layer. Norms that a family does not have are None."""
 
-    attention: Attention
+    attention: Attention | LatentAttention
     ffn: DenseFfn | RecordFfn | SparseFfn | MoeFfn
     attn_norm: Norm
     ffn_norm: Norm | None

@@ -44,8 +44,17 @@ class Family:
     window: Literal["none", "all", "upper", "lower_alternate", "pattern"] = "none"
     window_flag: str | None = None  # the config's key that switches the window on
 
-    experts: Literal["none", "all", "sparse_step", "optional"] = "none"  # which layers have experts
-    shared_expert: bool = False
+    # Which layers have experts; `after_dense`: all but the first first_k_dense_replace.
+    experts: Literal["none", "all", "sparse_step", "after_dense", "optional"] = "none"
+    shared_expert: Literal["none", "gated", "counted"] = (
+        "none"  # one with a gate, or n_shared_experts of an expert's size
+    )
+    norm_topk_prob: bool | None = None  # are the chosen weights made to sum to one, whatever the config says
+    expert_groups: bool = False  # topk_method, n_group, topk_group and routed_scaling_factor say how experts are chosen
+    fused_experts: bool = False  # gate and up in turns, clamped (gpt_oss), in MXFP4 or turned
+    sinks: bool = False
+    latent_attention: bool = False  # keys and values from one short vector (2405.04434)
+    interleaved_rope: bool = False  # safetensors too turn the pairs (2j, 2j+1)
     depth: bool = False  # blocks that tokens may skip (2404.02258)
 
     model_names: Names = field(default_factory=lambda: MODEL)
@@ -78,6 +87,8 @@ def _row(base: Family, model_type: str, *, defaults: Mapping[str, Any], words: M
     )
 
 
+_GPT_OSS_ROPE: dict[str, Any] = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                                 "truncate": False, "original_max_position_embeddings": 4096}  # fmt: skip
 _NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
 _QWEN: dict[str, Any] = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
                          "num_key_value_heads": 32, **_NO_IDS}  # fmt: skip
@@ -117,6 +128,7 @@ _MIXTRAL = _row(
     words={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
     window="all",
     experts="all",
+    norm_topk_prob=True,
 )  # fmt: skip
 
 _ROWS = (
@@ -241,7 +253,7 @@ _ROWS = (
                   "shared_expert_intermediate_size": 5632},
         window="lower_alternate",
         experts="sparse_step",
-        shared_expert=True,
+        shared_expert="gated",
     ),
     _row(
         _QWEN2,
@@ -260,6 +272,35 @@ _ROWS = (
         words={"moe_intermediate_size": "intermediate_size"},
         qk_norm="full",
         experts="all",
+    ),
+    _row(
+        _LLAMA,
+        "deepseek_v2",
+        defaults={"hidden_size": 4096, "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407,
+                  "first_k_dense_replace": 0, "moe_layer_freq": 1, "topk_method": "greedy",
+                  "routed_scaling_factor": 1.0, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+                  "qk_rope_head_dim": 64, "v_head_dim": 128},
+        words={"num_experts": "n_routed_experts"},
+        experts="after_dense",
+        shared_expert="counted",
+        norm_topk_prob=False,  # as transformers has it
+        expert_groups=True,
+        latent_attention=True,
+        interleaved_rope=True,
+    ),
+    _row(
+        _LLAMA,
+        "gpt_oss",
+        defaults={"head_dim": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+                  "rope_theta": 150000.0, "rope_parameters": _GPT_OSS_ROPE, "num_local_experts": 128,
+                  "num_experts_per_tok": 4, "sliding_window": 128, "sliding_window_pattern": 2, "swiglu_alpha": 1.702,
+                  "swiglu_limit": 7.0, **_NO_IDS},
+        words={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        window="pattern",
+        experts="all",
+        norm_topk_prob=True,  # a softmax over the chosen logits is the same
+        fused_experts=True,
+        sinks=True,
     ),
     _row(  # our own: what `genai-run train stories-mod` writes
         _LLAMA,

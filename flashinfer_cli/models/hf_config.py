@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DepthConfig, ModelConfig, MoeConfig
+from ..config import DepthConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig
 from ..errors import CorruptCheckpointError, UnsupportedModelError, nearest
 from .families import FAMILIES, WRAPPERS, Family
 from .rope_config import FULL, SLIDING, number, parse_rope
@@ -144,21 +144,77 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         sparse = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
         if not any(sparse) or read.get("num_experts", "num_local_experts") == 0:
             return None, ()
+    if family.experts == "after_dense":
+        first, step = read.get("first_k_dense_replace") or 0, read.size("moe_layer_freq")
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise CorruptCheckpointError(f"The config's 'first_k_dense_replace' is {first!r}, which cannot be.")
+        sparse = [i >= first and i % step == 0 for i in range(layers)]
+        if not any(sparse):
+            return None, ()
     experts = read.size("num_experts", "num_experts", "num_local_experts")
     chosen = read.size("num_experts_per_tok")
     noops = read.size("num_noop_experts") if read.get("num_noop_experts") else 0
     if chosen > experts + noops:
         raise CorruptCheckpointError(f"The config's 'num_experts_per_tok' {chosen} is more than its {experts} experts.")
+    width, shared = read.size("moe_intermediate_size"), 0
+    if family.shared_expert == "gated":
+        shared = read.size("shared_expert_intermediate_size")
+    elif family.shared_expert == "counted" and read.get("n_shared_experts"):
+        shared = width * read.size("n_shared_experts")
+    groups, of_groups = _groups(family, read, experts, chosen)
+    clamped = read.optional("swiglu_alpha"), read.optional("swiglu_limit")
     moe = MoeConfig(
         num_experts=experts,
         num_experts_per_tok=chosen,
-        moe_intermediate_size=read.size("moe_intermediate_size"),
-        norm_topk_prob=family.model_type == "mixtral" or read.flag("norm_topk_prob"),
-        shared_expert_intermediate_size=read.size("shared_expert_intermediate_size") if family.shared_expert else 0,
-        shared_expert_gate=family.shared_expert,
+        moe_intermediate_size=width,
+        norm_topk_prob=read.flag("norm_topk_prob") if family.norm_topk_prob is None else family.norm_topk_prob,
+        shared_expert_intermediate_size=shared,
+        shared_expert_gate=family.shared_expert == "gated",
         num_noop_experts=noops,
+        num_groups=groups,
+        groups_per_tok=of_groups,
+        routed_scaling=(read.optional("routed_scaling_factor") or 1.0) if family.expert_groups else 1.0,
+        clamped_swiglu=(clamped[0] or 1.702, clamped[1] or 7.0) if family.fused_experts else None,
+        interleaved=family.fused_experts,
     )
     return moe, () if all(sparse) else tuple(sparse)
+
+
+def _groups(family: Family, read: _Reader, experts: int, chosen: int) -> tuple[int, int]:
+    """(groups of experts, groups that a token takes from)."""
+    method = (read.get("topk_method") or "greedy") if family.expert_groups else "greedy"
+    if method == "greedy":
+        return 1, 1
+    if method != "group_limited_greedy":
+        raise UnsupportedModelError(
+            f"The 'topk_method' '{method}' is not supported; greedy and group_limited_greedy are."
+        )
+    groups, few = read.size("n_group"), read.size("topk_group")
+    if experts % groups or few > groups or few * (experts // groups) < chosen:
+        raise CorruptCheckpointError(
+            f"The config's 'n_group' {groups} and 'topk_group' {few} do not fit {experts} experts, {chosen} a token."
+        )
+    return groups, few
+
+
+def _latent(family: Family, read: _Reader) -> MlaConfig | None:
+    if not family.latent_attention:
+        return None
+    return MlaConfig(
+        kv_lora_rank=read.size("kv_lora_rank"),
+        qk_nope_head_dim=read.size("qk_nope_head_dim"),
+        qk_rope_head_dim=read.size("qk_rope_head_dim"),
+        v_head_dim=read.size("v_head_dim"),
+        q_lora_rank=None if read.get("q_lora_rank") is None else read.size("q_lora_rank"),
+    )
+
+
+def _latent_scale(mla: MlaConfig, rope: RopeConfig | None) -> float:
+    """What q.k is multiplied by: YaRN's temperature over all dimensions goes in here, squared."""
+    scale = (mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5
+    if rope is not None and rope.mscale_all_dim and rope.factor > 1:
+        scale *= (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+    return scale
 
 
 def _depth(family: Family, read: _Reader, layers: int) -> DepthConfig | None:
@@ -176,11 +232,11 @@ def _depth(family: Family, read: _Reader, layers: int) -> DepthConfig | None:
     return DepthConfig(which, capacity, decoding, read.size("mod_predictor_size"))
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
+def _refuse(family: Family, config: Mapping[str, Any]) -> None:
     """What the config asks for and we do not do."""
     quantized = config.get("quantization_config")
-    if isinstance(quantized, Mapping):
-        method = quantized.get("quant_method", "unknown")
+    method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else None
+    if method is not None and not (family.fused_experts and method == "mxfp4"):
         raise UnsupportedModelError(
             f"The weights are quantized with '{method}', which is not supported.",
             "Take the original folder, or a GGUF file.",
@@ -200,7 +256,7 @@ def _token_ids(value: Any, key: str) -> tuple[int, ...]:
     return tuple(i for i in ids if i >= 0)
 
 
-def _heads(family: Family, read: _Reader, hidden: int) -> tuple[int, int, int]:
+def _heads(family: Family, read: _Reader, hidden: int, mla: MlaConfig | None) -> tuple[int, int, int]:
     """(query heads, key and value heads, dimensions of a head)."""
     heads = read.size("num_attention_heads")
     kv_heads = read.size("num_key_value_heads", "num_key_value_heads", default=heads)
@@ -211,6 +267,8 @@ def _heads(family: Family, read: _Reader, hidden: int) -> tuple[int, int, int]:
             f"The config's 'num_attention_heads' {heads} is not a multiple of "
             f"'{family.key('num_key_value_heads')}' {kv_heads}."
         )
+    if mla is not None:
+        return heads, heads, mla.qk_nope_head_dim + mla.qk_rope_head_dim
     if read.get("head_dim") is not None:
         return heads, kv_heads, read.size("head_dim")
     if hidden % heads:
@@ -227,16 +285,18 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     the nearest we do; CorruptCheckpointError naming the key for a number that is missing or impossible.
     """
     family, config = family_of(config)
-    _refuse(config)
+    _refuse(family, config)
     read = _Reader(family, config)
     hidden, layers = read.size("hidden_size", "n_embed"), read.size("num_hidden_layers")
-    heads, kv_heads, head_dim = _heads(family, read, hidden)
-    rope, rope_local = parse_rope(family, config, head_dim)
+    mla = _latent(family, read)
+    heads, kv_heads, head_dim = _heads(family, read, hidden, mla)
+    rope, rope_local = parse_rope(family, config, head_dim if mla is None else mla.qk_rope_head_dim)
     window, sliding = _window(family, read, layers)
     moe, moe_layers = _experts(family, read, layers)
     mod = _depth(family, read, layers)
-    if mod is not None and rope is not None and rope.rope_type in ("dynamic", "longrope"):
-        raise UnsupportedModelError(f"Blocks that tokens skip cannot keep keys for the RoPE type '{rope.rope_type}'.")
+    if (mod is not None or mla is not None) and rope is not None and rope.rope_type in ("dynamic", "longrope"):
+        what = "Latent attention" if mod is None else "Blocks that tokens skip"
+        raise UnsupportedModelError(f"{what} cannot keep keys for the RoPE type '{rope.rope_type}'.")
     falcon, opt = family.model_type == "falcon", family.model_type == "opt"
     new_falcon = falcon and read.flag("new_decoder_architecture")
     parallel = family.parallel_block or new_falcon or (falcon and read.flag("parallel_attn"))
@@ -246,6 +306,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     embed = read.size("word_embed_proj_dim", default=hidden)
     scalar = read.optional("query_pre_attn_scalar") if family.query_scale else None
+    scale = _latent_scale(mla, rope) if mla is not None else None if scalar is None else scalar**-0.5
     eps = number(config, family.key("norm_eps"), "file", family.defaults[family.key("norm_eps")], least=-1e-30)
     bos = _token_ids(read.get("bos_token_id"), "bos_token_id")
     return ModelConfig(
@@ -277,12 +338,14 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         qk_norm=qk_norm,
         qk_norm_type=family.norm,
         clip_qkv=read.optional("clip_qkv"),
-        attention_scale=None if scalar is None else scalar**-0.5,
+        attention_scale=scale,
         attn_logit_softcap=read.optional("attn_logit_softcapping") if family.attn_softcap else None,
         final_logit_softcap=read.optional("final_logit_softcapping") if family.final_softcap else None,
         embedding_scale=math.sqrt(hidden) if family.scale_embedding else 1.0,
         sliding_window=window,
         sliding_layers=sliding,
+        attention_sinks=family.sinks,
+        mla=mla,
         moe=moe,
         moe_layers=moe_layers,
         mod=mod,

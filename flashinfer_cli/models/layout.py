@@ -14,16 +14,18 @@ from ..bundles.format import RecordLayout
 from ..cache.slices import Slice
 from ..checkpoint.base import Checkpoint, Extent, TensorInfo
 from ..config import NEURON_BLOCK, NEURON_STAGES, SLICE_BYTES, MiB, ModelConfig, RunConfig, WeightMap, WeightRef
+from ..errors import UsageError
 from ..layers.attention import SCORE_BYTES
+from ..layers.expert import ExpertLayout, ExpertPart
 from ..layers.linear import RowSlice
-from ..layers.moe import ExpertLayout, ExpertPart
 from ..plan import Sizes
 from ..store.flash import span_of
 
 # Small matrices that stay, as float32.
-ALWAYS = ("router", "shared_gate", "positions", "mod_router", "mod_hidden", "mod_out")
-ATTENTION = ("q", "k", "v", "qkv", "o")
+ALWAYS = ("sinks", "router", "shared_gate", "positions", "mod_router", "mod_hidden", "mod_out")
+ATTENTION = ("q", "q_a", "q_b", "k", "v", "qkv", "kv_a", "kv_b", "o")
 DENSE = ("gate", "up", "down")
+EXPERT = ("gate", "up", "gate_up", "gate_up.scales", "gate_up.bias", "down", "down.scales", "down.bias")
 SHARED = ("shared.gate", "shared.up", "shared.down")
 
 
@@ -50,6 +52,8 @@ class LayerLayout:
     record_parts: tuple[RowSlice, ...] = ()
     expert_extents: list[tuple[Extent, ...]] = field(default_factory=list)
     expert_layouts: list[ExpertLayout] = field(default_factory=list)
+    small_extents: list[tuple[Extent, ...]] = field(default_factory=list)  # of the experts' small copies
+    small_layouts: list[ExpertLayout] = field(default_factory=list)
     on_demand: bool = False  # a block that tokens may skip: its slices are asked for once one does not
     sparse: bool = False  # its records are asked for neuron by neuron, and whole only for a prompt
     records_base: tuple[Path, int] | None = None  # file and first byte of the records
@@ -114,10 +118,21 @@ class ModelLayout:
 
 
 def lay_out(
-    checkpoint: Checkpoint, config: ModelConfig, weights: WeightMap, sparse_layers: Collection[int] = ()
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    weights: WeightMap,
+    sparse_layers: Collection[int] = (),
+    degrade: bool = False,
 ) -> ModelLayout:
-    """Cut a model into slices. Reads nothing. `sparse_layers` have predictors that say which neurons to read."""
+    """Cut a model into slices. Reads nothing. `sparse_layers` have predictors that say which neurons to read; with
+    `degrade` small copies of experts are to be used. Raises UsageError where there are none."""
     tensors = checkpoint.tensors
+    small: Mapping[int, RecordLayout] = getattr(checkpoint, "small", {}) if degrade else {}
+    if degrade and not small:
+        raise UsageError(
+            "--degrade needs small copies of experts, and this model has none.",
+            "Make a bundle with them: genai-run bundle MODEL OUT --small-experts int4.",
+        )
     records: Mapping[int, RecordLayout] = getattr(checkpoint, "records", {})
     always: dict[tuple[int, str], WeightRef] = {}
 
@@ -146,6 +161,11 @@ def lay_out(
             _lay_out_records(layer, records[index], tensors)
         elif config.is_moe(index):
             _lay_out_experts(layer, roles, tensors, config)
+        if index in small:
+            extents, layouts = layer.expert_extents, layer.expert_layouts
+            _lay_out_records(layer, small[index], tensors)
+            layer.small_extents, layer.small_layouts = layer.expert_extents, layer.expert_layouts
+            layer.expert_extents, layer.expert_layouts = extents, layouts
         layers.append(layer)
     return ModelLayout(layers, model, embed, head, tied, weights.model["embed"].tensor, always)
 
@@ -174,7 +194,7 @@ def _lay_out_records(layer: LayerLayout, records: RecordLayout, tensors: Mapping
         return
     part = {p.role: ExpertPart(0, p.offset, p.nbytes, p.rows, p.cols, p.format) for p in records.parts}
     layer.expert_extents = [(info.rows(e, 1),) for e in range(records.count)]
-    layer.expert_layouts = [ExpertLayout(part["gate"], part["up"], part["down"])] * records.count
+    layer.expert_layouts = [part] * records.count
 
 
 def _lay_out_experts(
@@ -182,15 +202,23 @@ def _lay_out_experts(
 ) -> None:
     assert config.moe is not None
     for expert in range(config.moe.num_experts):
-        extents, parts = [], []
-        for piece, name in enumerate(DENSE):
-            ref = roles[f"experts.{expert}.{name}"]
-            info = tensors[ref.tensor]
-            extent = info.rows(ref.row, ref.rows)
-            extents.append(extent)
-            parts.append(ExpertPart(piece, 0, extent.nbytes, ref.rows, ref.cols, info.format))
-        layer.expert_extents.append(tuple(extents))
-        layer.expert_layouts.append(ExpertLayout(*parts))
+        own = {name: roles[f"experts.{expert}.{name}"] for name in EXPERT if f"experts.{expert}.{name}" in roles}
+        piece = {name: place for place, name in enumerate(own)}
+        extents = {name: tensors[ref.tensor].rows(ref.row, ref.rows) for name, ref in own.items()}
+        parts = {}
+        for name, ref in own.items():
+            if name.endswith(".scales"):
+                continue
+            rows, cols, fmt = ref.rows, ref.cols, tensors[ref.tensor].format
+            if ref.turned:
+                rows, cols = cols, rows
+            scales = own.get(f"{name}.scales")
+            if scales is not None:
+                rows, cols, fmt = scales.rows, 32 * scales.cols, "MXFP4"
+            apart = piece.get(f"{name}.scales")
+            parts[name] = ExpertPart(piece[name], 0, extents[name].nbytes, rows, cols, fmt, ref.turned, apart)
+        layer.expert_extents.append(tuple(extents.values()))
+        layer.expert_layouts.append(parts)
 
 
 def _inside_first(layout: ModelLayout) -> tuple[int, ...]:
@@ -210,6 +238,12 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
     experts = [layer.expert_extents for layer in layout.layers if layer.expert_extents]
     moe = config.moe
 
+    # Of a folder in MXFP4 an expert's largest matrix, with its scales in their places, and what that takes to make.
+    packed = (
+        p.nbytes for layer in layout.layers for e in layer.expert_layouts for p in e.values() if p.scales is not None
+    )
+    joined = 3 * max(packed, default=0)
+
     def scratch(chunk: int) -> int:
         """Activations and temporaries of a pass of `chunk` tokens, counted generously."""
         d, hd = config.hidden_size, config.head_dim
@@ -219,10 +253,16 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
             experts = (moe.num_experts_per_tok + 2) * d + 3 * moe.moe_intermediate_size
             ffn = max(ffn, experts + 3 * moe.shared_expert_intermediate_size)
         a_token = 8 * d + 3 * hd * (2 * config.num_attention_heads + 4 * config.num_key_value_heads) + ffn
+        expanded = 0
+        if config.mla is not None:  # queries and mixed latents of every head, and the matrix that makes keys and values
+            heads, mla = config.num_attention_heads, config.mla
+            a_token += heads * 5 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+            expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank * 2
+        expanded += joined
         context = run.context or 0
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
         logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
-        return 4 * a_token * chunk + scores + logits + 8 * MiB
+        return 4 * a_token * chunk + expanded + scores + logits + 8 * MiB
 
     return Sizes(
         order=_inside_first(layout) if run.draft == "self" and not any(layout.on_demand) else (),

@@ -50,8 +50,12 @@ class OpenModel:
     def parameters(self) -> int:
         """Number of weights as the configuration counts them: tied tables once."""
         seen = {(r.tensor, r.row, r.rows, r.cols) for r in self.weights.model.values()}
-        seen |= {(r.tensor, r.row, r.rows, r.cols) for layer in self.weights.layers for r in layer.values()}
-        count = sum(rows * cols for _, _, rows, cols in seen)
+        packed = 0  # weights of 4 bits, two a byte; their scales are none
+        for layer in self.weights.layers:
+            plain = {role: ref for role, ref in layer.items() if not role.endswith(".scales")}
+            seen |= {(r.tensor, r.row, r.rows, r.cols) for r in plain.values()}
+            packed += sum(r.rows * r.cols for role, r in plain.items() if f"{role}.scales" in layer)
+        count = packed + sum(rows * cols for _, _, rows, cols in seen)
         records = getattr(self.checkpoint, "records", {})
         for layer in records.values():
             if layer.kind == "neurons":

@@ -92,7 +92,7 @@ def _read(
             f"it must be an even number of at least 2 and at most {head_dim}."
         )
     context = int(number(config, "max_position_embeddings", "config", family.defaults["max_position_embeddings"]))
-    interleaved = bool(config.get("rope_interleaved", False))
+    interleaved = bool(config.get("rope_interleaved", family.interleaved_rope))
     freqs = config.get("rope_freqs") or ()
     if freqs:
         freqs = _factors({"rope_freqs": freqs}, "rope_freqs", rotary_dim // 2)
@@ -152,7 +152,7 @@ def parse_rope(family: Family, config: Mapping[str, Any], head_dim: int) -> tupl
     scaling, nested = _object(config, "rope_scaling"), _object(config, "rope_parameters")
     theta = number(config, "rope_theta", "config", family.defaults.get("rope_theta", 10_000.0))
     if not family.local_rope:
-        params = scaling or nested
+        params = scaling or nested or _object(family.defaults, "rope_parameters")
         params = _object(params, FULL) or params
         return _read(family, config, params, number(params, "rope_theta", "config", theta), head_dim), None
 

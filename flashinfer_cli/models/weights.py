@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from ..checkpoint.base import TensorInfo
-from ..config import ModelConfig, WeightMap, WeightRef
+from ..config import MlaConfig, ModelConfig, MoeConfig, WeightMap, WeightRef
 from ..errors import CorruptCheckpointError, UnsupportedModelError
 from .families import FAMILIES, Family
 from .names import GGUF_LAYER, GGUF_MODEL, GGUF_PARALLEL_LAYER, Names
@@ -49,13 +49,14 @@ class _Table:
                 return found
         return None
 
-    def take(self, info: TensorInfo, shape: tuple[int, ...]) -> WeightRef:
-        """The whole tensor as a matrix, after a check of its shape (dimensions of one do not count)."""
+    def take(self, info: TensorInfo, shape: tuple[int, ...], fmt: str | None = None) -> WeightRef:
+        """The whole tensor as a matrix, after a check of its shape (dimensions of one do not count). `fmt` is what it
+        must be where it is no weight by itself."""
         if _squeezed(info.shape) != _squeezed(shape):
             raise CorruptCheckpointError(
                 f"Tensor '{info.name}' has shape {list(info.shape)}, where the config asks for {list(shape)}."
             )
-        if info.format in _WEIGHTLESS:
+        if info.format != fmt if fmt is not None else info.format in _WEIGHTLESS:
             raise UnsupportedModelError(f"Tensor '{info.name}' has the format {info.format}, which no weight may have.")
         self.used.add(info.name)
         rows = 1
@@ -86,10 +87,10 @@ class _Table:
             )
 
 
-def missing(names: tuple[str, ...]) -> CorruptCheckpointError:
+def missing(names: tuple[str, ...], suffix: str = ".weight") -> CorruptCheckpointError:
     """The error for a weight none of whose names is there."""
-    others = f" (nor '{names[1]}.weight')" if len(names) > 1 else ""
-    return CorruptCheckpointError(f"The checkpoint lacks the tensor '{names[0]}.weight'{others}.")
+    others = f" (nor '{names[1]}{suffix}')" if len(names) > 1 else ""
+    return CorruptCheckpointError(f"The checkpoint lacks the tensor '{names[0]}{suffix}'{others}.")
 
 
 def _slice(whole: WeightRef, first: int, rows: int) -> WeightRef:
@@ -120,6 +121,11 @@ class _Layer:
     def attention(self) -> None:
         config, hd = self.config, self.config.head_dim
         q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
+        if config.attention_sinks:
+            self.refs["sinks"] = self.table.take(self.need("sinks", ""), (config.num_attention_heads,))
+        if config.mla is not None:
+            self.latent_attention(config.mla)
+            return
         if self.table.find(self.named("qkv")) is not None:
             self.add("qkv", q + 2 * kv, config.hidden_size)
         elif self.table.find(self.named("q")) is None and "qkv" in self.names and config.qkv_layout == "grouped":
@@ -133,6 +139,26 @@ class _Layer:
             full = config.qk_norm == "full"
             self.add("q_norm", q if full else hd)
             self.add("k_norm", kv if full else hd)
+
+    def latent_attention(self, mla: MlaConfig) -> None:
+        config, d = self.config, self.config.hidden_size
+        heads, queries = config.num_attention_heads, config.num_attention_heads * config.head_dim
+        if mla.q_lora_rank is None:
+            self.add("q", queries, d)
+        else:
+            self.add("q_a", mla.q_lora_rank, d)
+            self.add("q_a_norm", mla.q_lora_rank)
+            self.add("q_b", queries, mla.q_lora_rank)
+        self.add("kv_a", mla.kv_lora_rank + mla.qk_rope_head_dim, d)
+        self.add("kv_a_norm", mla.kv_lora_rank)
+        self.add("kv_b", heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+        self.add("o", d, heads * mla.v_head_dim)
+
+    def need(self, role: str, suffix: str) -> TensorInfo:
+        info = self.table.find(self.named(role), suffix)
+        if info is None:
+            raise missing(self.named(role), suffix)
+        return info
 
     def depth_router(self) -> None:
         assert self.config.mod is not None
@@ -158,6 +184,9 @@ class _Layer:
         assert moe is not None
         d, ff, count = self.config.hidden_size, moe.moe_intermediate_size, moe.num_experts
         self.add("router", count + moe.num_noop_experts, d)
+        if moe.interleaved:
+            self.fused_experts(moe)
+            return
         shapes = {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}
         fused = self.table.find(self.named("all_experts.gate_up"))
         if fused is not None:
@@ -183,6 +212,32 @@ class _Layer:
             self.add("shared.down", d, shared)
         if moe.shared_expert_gate:
             self.add("shared_gate", 1, d)
+
+    def fused_experts(self, moe: MoeConfig) -> None:
+        """gpt_oss: one tensor of all experts' gate and up and one of their down, each with a bias; as MXFP4 (blocks of
+        FP4 pairs, scales apart), or plain with columns as rows."""
+        d, ff, count = self.config.hidden_size, moe.moe_intermediate_size, moe.num_experts
+        for part, rows, cols in (("gate_up", 2 * ff, d), ("down", d, ff)):
+            names, groups = self.named(f"all_experts.{part}"), cols // 32
+            blocks = self.table.find(names, "_blocks")
+            if blocks is None:
+                whole = self.table.take(self.need(f"all_experts.{part}", ""), (count, cols, rows))
+            elif cols % 32:
+                raise CorruptCheckpointError(
+                    f"Tensor '{blocks.name}' is MXFP4, and {cols} columns are no multiple of 32."
+                )
+            else:
+                packed = self.table.take(blocks, (count, rows, groups, 16), fmt="U8")
+                scales = self.table.take(self.need(f"all_experts.{part}", "_scales"), (count, rows, groups), fmt="U8")
+            bias = self.table.take(self.need(f"all_experts.{part}", "_bias"), (count, rows))
+            for e in range(count):
+                role = f"experts.{e}.{part}"
+                if blocks is None:
+                    self.refs[role] = WeightRef(whole.tensor, e * cols, cols, rows, turned=True)
+                else:
+                    self.refs[role] = WeightRef(packed.tensor, e * rows * groups, rows * groups, 16)
+                    self.refs[f"{role}.scales"] = WeightRef(scales.tensor, e * rows, rows, groups)
+                self.refs[f"{role}.bias"] = WeightRef(bias.tensor, e, 1, rows)
 
 
 def _globals(table: _Table, config: ModelConfig, names: Names, prefix: str, heads: tuple[str, ...]) -> Refs:

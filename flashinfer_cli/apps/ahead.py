@@ -1,0 +1,139 @@
+"""Teach a bundle of a mixture of experts to guess ahead: a linear probe from a hidden state to the routing of a layer
+to come, where that guesses better than the layer's own router does (2312.17238, speculative loading).
+
+All tokens pass through the model a layer at a time, as in `calibrate`. A probe is a ridge regression onto the router's
+logits, in closed form; on held-out tokens both guess as many experts as are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..bundles.ahead import Pair, Recall, write_ahead
+from ..bundles.publish import writer_lock
+from ..cache.kv import KVCache
+from ..config import RunConfig
+from ..engine import Engine
+from ..errors import UsageError
+from ..layers.moe import MoeFfn, rescale, route
+from ..models.build import LOOKAHEADS
+from ..models.open import OpenModel, open_model
+from .calibrate import HELD_SHARE, LEAST_TOKENS, SEQUENCE, watched
+
+RIDGE = 1e-3  # of the mean square of an input, added to every one of them
+
+Progress = Callable[[int, int, str], None]
+Fitted = tuple[torch.Tensor, torch.Tensor]  # weight [E, d], bias [E]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What was learned: a row a pair of layers."""
+
+    tokens: int
+    pairs: tuple[Recall, ...]
+
+
+def has_experts(bundle: str | Path) -> bool:
+    return open_model(bundle).config.moe is not None
+
+
+def calibrate_ahead(
+    bundle: str | Path, text: str, run: RunConfig, *, tokens: int, progress: Progress | None = None
+) -> Ahead:
+    """Write probes into a bundle; returns what they and the routers find. Raises UsageError for too little text."""
+    opened = open_model(bundle)
+    if opened.checkpoint.kind != "bundle":
+        raise UsageError(
+            f"{opened.name} is no bundle.", "Make one first: genai-run bundle MODEL OUT, then calibrate OUT."
+        )
+    ids = opened.tokenizer.encode(text)[:tokens]
+    if len(ids) < LEAST_TOKENS:
+        raise UsageError(f"The text is {len(ids):,} tokens; calibration needs {LEAST_TOKENS:,} at least.")
+    path = opened.checkpoint.path
+    with writer_lock(path):
+        found, maps = _layers(opened, ids, run, progress)
+        write_ahead(path, maps, found, len(ids))
+    return Ahead(len(ids), tuple(found))
+
+
+def _layers(
+    opened: OpenModel, ids: list[int], run: RunConfig, progress: Progress | None
+) -> tuple[list[Recall], dict[Pair, Fitted]]:
+    parts = [ids[i : i + SEQUENCE] for i in range(0, len(ids), SEQUENCE)]
+    settled = replace(run, context=SEQUENCE, prefill_chunk=SEQUENCE, prefetch_experts="off")
+    found: list[Recall] = []
+    maps: dict[Pair, Fitted] = {}
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # layer -> FFN inputs [N, d], norm's weight
+    with Engine(opened, settled) as engine, torch.inference_mode():
+        decoder, rt = engine.decoder, engine.decoder.rt
+        kv = KVCache(engine.config, SEQUENCE, engine.device.name)
+        states = [decoder.embedding(torch.tensor(w), rt) * engine.config.embedding_scale for w in parts]
+        if decoder.first_guess is not None:
+            norm = decoder.first_guess.norm
+            seen[-1] = norm(torch.cat(states)), norm.weight
+        for index, block in enumerate(decoder.blocks):
+            if progress is not None:
+                progress(index, len(decoder.blocks), f"calibrating layer {index + 1} of {len(decoder.blocks)}")
+            inputs = torch.empty(len(ids), engine.config.hidden_size)
+            noting = watched(block, inputs)
+            with rt.feed.hold(decoder.slices_of(index)):
+                for number, x in enumerate(states):
+                    kv.trim(0)
+                    states[number] = noting(x, kv, len(x), rt)
+            if isinstance(block.ffn, MoeFfn):
+                norm_weight = block.ffn_norm.weight if block.ffn_norm is not None else None
+                for source in [index - distance for distance in LOOKAHEADS if index - distance in seen]:
+                    recall, fitted = _pair(source, index, block.ffn, *seen[source], inputs, norm_weight)
+                    found.append(recall)
+                    if recall.better:
+                        maps[source, index] = fitted
+                seen[index] = inputs, norm_weight
+            seen = {layer: kept for layer, kept in seen.items() if layer > index - max(LOOKAHEADS)}
+    return found, maps
+
+
+def _pair(
+    source: int,
+    layer: int,
+    ffn: MoeFfn,
+    x: torch.Tensor,
+    now: torch.Tensor | None,
+    inputs: torch.Tensor,
+    then: torch.Tensor | None,
+) -> tuple[Recall, Fitted]:
+    """Fit and judge one pair: x [N, d] went into the FFN of `source`, `inputs` into that of `layer`."""
+    logits = F.linear(inputs, ffn.router, ffn.router_bias)
+    held = int(HELD_SHARE * len(x))
+    weight, bias = _ridge(x[:-held], logits[:-held])
+    scaled = x if now is None or then is None else x * rescale(now, then)
+    chosen = route(logits[-held:], ffn.moe)[1]
+
+    def recall(guess: torch.Tensor) -> float:
+        guessed = guess.topk(ffn.moe.num_experts_per_tok, dim=-1).indices
+        right = (chosen[:, :, None] == guessed[:, None, :]).any(-1)
+        return float(right.float().mean())
+
+    found = Recall(
+        source, layer,
+        router=recall(F.linear(scaled[-held:], ffn.router, ffn.router_bias)),
+        probe=recall(F.linear(x[-held:], weight.half().float(), bias.half().float())),
+        chance=ffn.moe.num_experts_per_tok / logits.shape[-1],
+    )  # fmt: skip
+    return found, (weight, bias)
+
+
+def _ridge(x: torch.Tensor, y: torch.Tensor) -> Fitted:
+    """Least squares of y [N, E] on x [N, d] with a bias, in float64."""
+    x, y = x.double(), y.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    square = x.T @ x
+    square.diagonal().add_(RIDGE * square.diagonal().mean())
+    weight = torch.linalg.solve(square, x.T @ y).T
+    return weight.float(), (mean_y - weight @ mean_x).float()

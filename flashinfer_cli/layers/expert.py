@@ -1,0 +1,86 @@
+"""One expert: where its matrices stand in what was read of it, and its product with the tokens that chose it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..config import MoeConfig
+from ..kernels.activations import ACTIVATIONS, clamped_swiglu
+from ..kernels.mxfp4 import joined
+from ..kernels.reference import to_float
+from .linear import Runtime
+
+TURNED_ELEMENTS = 1 << 20  # of a matrix that stands turned, made float32 at a time
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """A matrix [rows, cols] of an expert, or a bias [1, cols]: `nbytes` bytes from `offset` on in one of its pieces.
+
+    `turned`: its columns stand as rows. `scales` is the piece with the scales of MXFP4 that stand apart.
+    """
+
+    piece: int
+    offset: int
+    nbytes: int
+    rows: int
+    cols: int
+    format: str
+    turned: bool = False
+    scales: int | None = None
+
+
+# By role: gate, up and down, or gate_up (rows in turn) and down; each may have a bias, as "down.bias".
+ExpertLayout = Mapping[str, ExpertPart]
+
+
+def apply_expert(
+    x: torch.Tensor, layout: ExpertLayout, pieces: list[torch.Tensor], act: str, moe: MoeConfig, rt: Runtime
+) -> torch.Tensor:
+    """x [T, d] through a gated expert -> [T, d]; `pieces` are uint8 tensors."""
+
+    def project(x: torch.Tensor, role: str) -> torch.Tensor:
+        out, bias = _times(x, layout[role], pieces, rt), layout.get(f"{role}.bias")
+        return out if bias is None else out.add_(rt.kernels.dequantize(_stored(bias, pieces), bias.format, bias.cols))
+
+    if "gate_up" in layout:
+        both = project(x, "gate_up").unflatten(-1, (-1, 2))
+        gate, up = both[..., 0].contiguous(), both[..., 1].contiguous()
+    else:
+        gate, up = project(x, "gate"), project(x, "up")
+    if moe.clamped_swiglu is None:
+        h = rt.apart(ACTIVATIONS[act], gate).mul_(up)
+    else:
+        alpha, limit = moe.clamped_swiglu
+        h = rt.apart(lambda g, u: clamped_swiglu(g, u, alpha, limit), gate, up)
+    return project(h, "down")
+
+
+def _stored(part: ExpertPart, pieces: list[torch.Tensor]) -> torch.Tensor:
+    """The part's bytes, uint8 [rows, row bytes]."""
+    stored = pieces[part.piece][part.offset : part.offset + part.nbytes]
+    if part.scales is not None:
+        stored = joined(stored.view(part.rows, -1, 16), pieces[part.scales].view(part.rows, -1))
+    return stored.view(part.cols if part.turned else part.rows, -1)
+
+
+def _times(x: torch.Tensor, part: ExpertPart, pieces: list[torch.Tensor], rt: Runtime) -> torch.Tensor:
+    """x [T, cols] -> [T, rows]."""
+    weight = _stored(part, pieces)
+    out = x.new_zeros(x.shape[0], part.rows)
+    if not part.turned:
+        rt.kernels.linear(x, weight, part.format, out, 0)
+        return out
+    step = max(1, TURNED_ELEMENTS // part.rows)
+    for first in range(0, part.cols, step):
+        rows = to_float(weight[first : first + step], part.format)
+        out += rt.apart(partial(_product, rows), x[:, first : first + step])
+    return out
+
+
+def _product(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x @ rows

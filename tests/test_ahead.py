@@ -1,0 +1,79 @@
+"""Probes that guess experts ahead: fitted, judged against routers, kept where better, without effect on the text."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_experts_lossless import logits_of, slots
+
+import flashinfer_cli as fc
+from flashinfer_cli import zoo
+from flashinfer_cli.apps.ahead import Ahead, _ridge, calibrate_ahead
+from flashinfer_cli.bundles.ahead import AHEAD_FILE, read_ahead
+from flashinfer_cli.config import RunConfig
+from flashinfer_cli.errors import BundleError, UsageError
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ahead]:
+    out = fc.bundle("zoo:stories-moe", tmp_path_factory.mktemp("ahead") / "bundle")
+    text = zoo.HELD_OUT.read_text(encoding="utf-8").replace("<|endoftext|>", "\n")
+    return out, calibrate_ahead(out, text, RunConfig(), tokens=2500)
+
+
+def test_a_ridge_finds_a_linear_map() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 12, generator=draw) + 3, torch.randn(5, 12, generator=draw)
+    found, bias = _ridge(x, x @ weight.T - 7)
+    assert torch.allclose(found, weight, atol=0.02) and torch.allclose(bias, torch.full((5,), -7.0), atol=0.2)
+
+
+def test_only_probes_that_guess_better_are_kept(learned: tuple[Path, Ahead]) -> None:
+    out, found = learned
+    layers = {pair.layer for pair in found.pairs}
+    assert {pair.layer - pair.source for pair in found.pairs} >= {1, 2} and len(layers) > 2
+    assert all(pair.chance < pair.probe <= 1 for pair in found.pairs)
+    kept = read_ahead(out)
+    assert set(kept) == {(pair.source, pair.layer) for pair in found.pairs if pair.better} != set()
+    with safe_open(out / AHEAD_FILE, "pt") as file:
+        assert file.metadata()["tokens"] == str(found.tokens)
+
+
+def test_a_run_goes_by_them_and_says_the_same(
+    learned: tuple[Path, Ahead], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = learned[0]
+    plain = shutil.copytree(out, tmp_path / "plain")
+    (plain / AHEAD_FILE).unlink()
+    slots(monkeypatch, 8, 4)
+    seen = []
+    for bundle in (plain, out):
+        with fc.load(bundle, context=80, prefill_chunk=4, prefetch_experts=2, lookahead=2) as engine:
+            seen.append(logits_of(engine, 24))
+            ahead = [one for block in engine.decoder.blocks for one in block.ffn.ahead]
+            ahead += engine.decoder.first_guess.ahead
+            probes = {id(weight) for weight, _ in engine.probes.values()}
+            assert sum(id(one.router) in probes for one in ahead) == len(probes)
+            assert (len(probes) > 0) == (bundle == out)
+    assert torch.equal(*seen)
+
+
+def test_a_file_of_another_bundle_is_refused(learned: tuple[Path, Ahead], tmp_path: Path) -> None:
+    other = fc.bundle("zoo:stories-moe", tmp_path / "other", quantize="int8")
+    shutil.copy(learned[0] / AHEAD_FILE, other / AHEAD_FILE)
+    with pytest.raises(BundleError, match="another bundle"):
+        fc.load(other)
+    (other / AHEAD_FILE).write_bytes(b"x")
+    with pytest.raises(BundleError, match="cannot be read"):
+        fc.load(other)
+
+
+def test_what_cannot_be_is_said(learned: tuple[Path, Ahead]) -> None:
+    with pytest.raises(UsageError, match="tokens"):
+        calibrate_ahead(learned[0], "A short text.", RunConfig(), tokens=2500)
+    with pytest.raises(UsageError, match="no bundle"):
+        calibrate_ahead("zoo:stories-moe", "A short text.", RunConfig(), tokens=2500)
