@@ -48,6 +48,8 @@ class MoeConfig:
     norm_topk_prob: bool = True  # weights of the chosen k sum to one
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False  # sigmoid gate on the shared expert's output (qwen2_moe)
+    num_groups: int = 0  # two levels of gating (1701.06538): experts stand in so many groups; 0: one level
+    num_groups_per_tok: int = 0  # of which a token uses so many
     num_noop_experts: int = 0  # choices of the router behind the experts that compute nothing (integrated MoDE)
 
 
@@ -103,6 +105,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     moe_layers: tuple[bool, ...] = ()  # by layer: experts or one dense FFN; empty: as `moe` says for all
     mod: DepthConfig | None = None
+    recurrent: bool = False  # LSTMs in the place of attention; a layer has experts or no FFN at all (1701.06538)
     dtype: str = "F32"  # the dtype the config names, as a tensor format: F32, F16, BF16
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -147,7 +150,8 @@ class WeightMap:
     final_norm, final_norm.bias.
     Layer roles: attn_norm, attn_post_norm, ffn_norm, ffn_post_norm (each also with .bias); q, k, v or qkv, and o
     (each also with .bias); q_norm, k_norm (also .bias); up, down (and gate where gated; each also with .bias); router
-    (.bias); experts.<e>.gate|up|down; shared.gate|up|down; shared_gate; mod_router; mod_hidden, mod_out (.bias).
+    (.bias), group_router; experts.<e>.gate|up|down; shared.gate|up|down; shared_gate; mod_router; mod_hidden, mod_out
+    (.bias); lstm_input (.bias), lstm_recurrent in the place of q to o.
     """
 
     model: dict[str, WeightRef]

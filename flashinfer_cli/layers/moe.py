@@ -30,9 +30,9 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Where an expert's three matrices stand in its pieces."""
+    """Where an expert's matrices stand in its pieces."""
 
-    gate: ExpertPart
+    gate: ExpertPart | None  # None: act(up) alone
     up: ExpertPart
     down: ExpertPart
 
@@ -41,6 +41,21 @@ def route(logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Ten
     """Router logits [T, E] -> (weights [T, k], experts [T, k]): softmax over all, then the k largest."""
     weights, experts = logits.softmax(-1).topk(moe.num_experts_per_tok, dim=-1)
     return _normed(weights, moe), experts
+
+
+def route_groups(primary: torch.Tensor, logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two levels (1701.06538, appendix B): the best groups by `primary` [T, G], the best of each by `logits` [T, E].
+
+    Both softmaxes are over what is kept, and a weight is the product of the two. Experts of -inf have no weight.
+    """
+    tokens, few = len(primary), moe.num_groups_per_tok
+    top, groups = primary.topk(few, dim=-1)
+    inside = logits.view(tokens, moe.num_groups, -1)
+    kept, numbers = inside.gather(1, groups[..., None].expand(-1, -1, inside.shape[-1])).topk(
+        moe.num_experts_per_tok // few, dim=-1
+    )
+    weights = (top.softmax(-1)[..., None] * kept.softmax(-1)).nan_to_num(0.0)
+    return weights.flatten(1), (numbers + groups[..., None] * inside.shape[-1]).flatten(1)
 
 
 def _normed(weights: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
@@ -146,6 +161,7 @@ class MoeFfn:
     shared_gate: torch.Tensor | None  # float32 [1, d]
     ahead: tuple[Ahead, ...] = ()
     bias: CacheBias | None = None
+    group_router: torch.Tensor | None = None  # float32 [G, d], of two levels of gating
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
@@ -154,7 +170,7 @@ class MoeFfn:
         if rt.mode.here:
             return self._draft(x, logits, rt)
         with rt.recorder.computing():
-            weights, chosen = self._route(logits, rt)
+            weights, chosen = self._route(x, logits, rt)
             by_rank = x.new_empty(*chosen.shape, x.shape[-1])
             asked = chosen.cpu().numpy()
             if self.moe.num_noop_experts:  # those behind the experts ask for nothing and add nothing
@@ -179,16 +195,22 @@ class MoeFfn:
         away = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         away[[*found, *range(self.moe.num_experts, logits.shape[-1])]] = False
         out = torch.zeros_like(x)
-        weights, chosen = route(logits.masked_fill(away, float("-inf")), self.moe)
+        weights, chosen = self._true_route(x, logits.masked_fill(away, float("-inf")), rt)
         for weight, expert in zip(weights[0].tolist(), chosen[0].tolist(), strict=True):
             if expert in found and weight > 0:
                 out += weight * self._expert(x, self.layouts[expert], found[expert], rt)
         extra = self._shared(x, rt)
         return out if extra is None else out.add_(extra)
 
-    def _route(self, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.bias is None or rt.recorder.phase != "decode":
+    def _true_route(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+        group_router = self.group_router
+        if group_router is None:
             return route(logits, self.moe)
+        return route_groups(rt.apart(lambda row: F.linear(row, group_router), x), logits, self.moe)
+
+    def _route(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.bias is None or rt.recorder.phase != "decode":
+            return self._true_route(x, logits, rt)
         held = torch.ones(logits.shape[-1], dtype=torch.bool)  # a choice that computes nothing costs no read either
         held[: self.moe.num_experts] = torch.from_numpy(self.cache.policy.held(self.layer))
         return self.bias.route(logits, held.to(logits.device), self.moe)
@@ -209,5 +231,7 @@ class MoeFfn:
             rt.kernels.linear(x, weight, part.format, out, 0)
             return out
 
+        if layout.gate is None:
+            return times(rt.apart(ACTIVATIONS[self.act], times(x, layout.up)), layout.down)
         h = rt.apart(ACTIVATIONS[self.act], times(x, layout.gate)).mul_(times(x, layout.up))
         return times(h, layout.down)

@@ -46,6 +46,7 @@ class Family:
 
     experts: Literal["none", "all", "sparse_step", "optional"] = "none"  # which layers have experts
     shared_expert: bool = False
+    recurrent: bool = False  # LSTMs, experts between them (1701.06538)
     depth: bool = False  # blocks that tokens may skip (2404.02258)
 
     model_names: Names = field(default_factory=lambda: MODEL)
@@ -270,6 +271,19 @@ _ROWS = (
         words={"num_experts": "num_local_experts"},
         experts="optional",
         depth=True,
+    ),
+    _row(  # our own too: what `genai-run train stories-moe-lstm` writes
+        _LLAMA,
+        "moe_lstm",
+        defaults={"hidden_act": "relu", "rms_norm_eps": 1e-5, "num_attention_heads": 1, "num_key_value_heads": 1,
+                  "norm_topk_prob": True},
+        words={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        gated=False,
+        rotary=False,
+        experts="all",
+        recurrent=True,
+        layer_names=renamed(LAYER, experts__gate="", experts__up="block_sparse_moe.experts.{e}.w1",
+                            experts__down="block_sparse_moe.experts.{e}.w2"),
     ),
 )  # fmt: skip
 

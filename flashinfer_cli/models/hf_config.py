@@ -136,7 +136,7 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         return None, ()
     if family.experts == "optional" and not read.get("num_experts"):
         return None, ()
-    sparse = [True] * layers
+    sparse = [not family.recurrent or i + 1 < layers for i in range(layers)]  # between LSTMs, not behind the last
     if family.experts == "sparse_step":
         step, dense = read.size("decoder_sparse_step", default=1), read.get("mlp_only_layers") or []
         if not isinstance(dense, list | tuple):
@@ -149,14 +149,24 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
     noops = read.size("num_noop_experts") if read.get("num_noop_experts") else 0
     if chosen > experts + noops:
         raise CorruptCheckpointError(f"The config's 'num_experts_per_tok' {chosen} is more than its {experts} experts.")
+    groups, few = 0, 0
+    if family.recurrent and read.get("num_expert_groups"):
+        groups, few = read.size("num_expert_groups"), read.size("num_groups_per_tok")
+        if experts % groups or few > groups or chosen % few or chosen // few > experts // groups:
+            raise CorruptCheckpointError(
+                f"The config's 'num_expert_groups' {groups} and 'num_groups_per_tok' {few} do not divide its "
+                f"{experts} experts and the {chosen} of a token."
+            )
     moe = MoeConfig(
         num_experts=experts,
         num_experts_per_tok=chosen,
         moe_intermediate_size=read.size("moe_intermediate_size"),
-        norm_topk_prob=family.model_type == "mixtral" or read.flag("norm_topk_prob"),
+        norm_topk_prob=family.model_type in ("mixtral", "moe_lstm") or read.flag("norm_topk_prob"),
         shared_expert_intermediate_size=read.size("shared_expert_intermediate_size") if family.shared_expert else 0,
         shared_expert_gate=family.shared_expert,
         num_noop_experts=noops,
+        num_groups=groups,
+        num_groups_per_tok=few,
     )
     return moe, () if all(sparse) else tuple(sparse)
 
@@ -231,6 +241,8 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     read = _Reader(family, config)
     hidden, layers = read.size("hidden_size", "n_embed"), read.size("num_hidden_layers")
     heads, kv_heads, head_dim = _heads(family, read, hidden)
+    if family.recurrent and (heads, kv_heads, head_dim, layers > 1) != (1, 1, hidden, True):
+        raise CorruptCheckpointError("A recurrent model has one 'num_attention_heads', and two layers or more.")
     rope, rope_local = parse_rope(family, config, head_dim)
     window, sliding = _window(family, read, layers)
     moe, moe_layers = _experts(family, read, layers)
@@ -286,6 +298,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         moe=moe,
         moe_layers=moe_layers,
         mod=mod,
+        recurrent=family.recurrent,
         dtype=_DTYPES.get(dtype, "F32"),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_token_ids(read.get("eos_token_id"), "eos_token_id"),

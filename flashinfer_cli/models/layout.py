@@ -21,8 +21,8 @@ from ..plan import Sizes
 from ..store.flash import span_of
 
 # Small matrices that stay, as float32.
-ALWAYS = ("router", "shared_gate", "positions", "mod_router", "mod_hidden", "mod_out")
-ATTENTION = ("q", "k", "v", "qkv", "o")
+ALWAYS = ("router", "group_router", "lstm_recurrent", "shared_gate", "positions", "mod_router", "mod_hidden", "mod_out")
+ATTENTION = ("q", "k", "v", "qkv", "o", "lstm_input")
 DENSE = ("gate", "up", "down")
 SHARED = ("shared.gate", "shared.up", "shared.down")
 
@@ -174,7 +174,7 @@ def _lay_out_records(layer: LayerLayout, records: RecordLayout, tensors: Mapping
         return
     part = {p.role: ExpertPart(0, p.offset, p.nbytes, p.rows, p.cols, p.format) for p in records.parts}
     layer.expert_extents = [(info.rows(e, 1),) for e in range(records.count)]
-    layer.expert_layouts = [ExpertLayout(part["gate"], part["up"], part["down"])] * records.count
+    layer.expert_layouts = [ExpertLayout(part.get("gate"), part["up"], part["down"])] * records.count
 
 
 def _lay_out_experts(
@@ -182,15 +182,15 @@ def _lay_out_experts(
 ) -> None:
     assert config.moe is not None
     for expert in range(config.moe.num_experts):
-        extents, parts = [], []
-        for piece, name in enumerate(DENSE):
+        extents, parts = [], {}
+        for piece, name in enumerate(DENSE if config.gated else DENSE[1:]):
             ref = roles[f"experts.{expert}.{name}"]
             info = tensors[ref.tensor]
             extent = info.rows(ref.row, ref.rows)
             extents.append(extent)
-            parts.append(ExpertPart(piece, 0, extent.nbytes, ref.rows, ref.cols, info.format))
+            parts[name] = ExpertPart(piece, 0, extent.nbytes, ref.rows, ref.cols, info.format)
         layer.expert_extents.append(tuple(extents))
-        layer.expert_layouts.append(ExpertLayout(*parts))
+        layer.expert_layouts.append(ExpertLayout(parts.get("gate"), parts["up"], parts["down"]))
 
 
 def _inside_first(layout: ModelLayout) -> tuple[int, ...]:
