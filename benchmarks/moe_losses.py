@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
         })  # fmt: skip
         print(rows[-1], file=sys.stderr, flush=True)
     columns = (
-        "w importance", "w load", "perplexity", "CV importance", "CV load", "max/mean", "max/mean, no noise", "ms a step",
-        "paper: ppl", "CV imp.", "CV load", "max/mean",
+        "w importance", "w load", "perplexity", "CV importance", "CV load", "max/mean", "max/mean, no noise",
+        "ms a step", "paper: ppl", "CV imp.", "CV load", "max/mean",
     )  # fmt: skip
     table(columns, [(*list(row.values())[:-1], *row["paper"]) for row in rows])
     labels = [(f"w = ({r['importance_weight']}, {r['load_weight']})", r["max_over_mean"]) for r in rows]
