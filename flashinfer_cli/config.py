@@ -48,8 +48,8 @@ class MoeConfig:
     norm_topk_prob: bool = True  # weights of the chosen k sum to one
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False  # sigmoid gate on the shared expert's output (qwen2_moe)
-    num_groups: int = 0  # two levels of gating (1701.06538): experts stand in so many groups; 0: one level
-    num_groups_per_tok: int = 0  # of which a token uses so many
+    gate_groups: int = 0  # two levels of gating (1701.06538): experts stand in so many groups; 0: one level
+    gate_groups_per_tok: int = 0  # of which a token uses so many
     num_noop_experts: int = 0  # choices of the router behind the experts that compute nothing (integrated MoDE)
 
 

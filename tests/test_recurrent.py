@@ -26,7 +26,7 @@ FLAT = dataclasses.replace(
     RECIPES["stories-moe-lstm"].shape, vocab_size=300, hidden_size=64, num_hidden_layers=3, num_experts=8,
     num_experts_per_tok=4, moe_intermediate_size=24,
 )  # fmt: skip
-SHAPES = {"flat": FLAT, "groups": dataclasses.replace(FLAT, num_expert_groups=4, num_groups_per_tok=2)}
+SHAPES = {"flat": FLAT, "groups": dataclasses.replace(FLAT, num_expert_groups=4, gate_groups_per_tok=2)}
 IDS = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(3))
 
 
@@ -131,7 +131,7 @@ def test_two_levels_by_hand():
         assert torch.allclose(torch.zeros(12).scatter(0, gates.experts[t], gates.weights[t]), want.flatten())
     load = (gates.dense > 0).float().view(5, 3, 4)  # without noise: the load is who was chosen, by both formulas
     assert torch.allclose(gates.load[0].view(3, 4), load.sum(0), atol=1e-5)
-    moe = MoeConfig(12, 4, 8, num_groups=3, num_groups_per_tok=2)
+    moe = MoeConfig(12, 4, 8, gate_groups=3, gate_groups_per_tok=2)
     weights, experts = route_groups(primary, inner, moe)
     assert torch.equal(experts, gates.experts) and torch.allclose(weights, gates.weights)
 
@@ -152,7 +152,7 @@ def test_both_gates_learn_and_start_balanced():
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [("num_attention_heads", 2, "num_attention_heads"), ("num_hidden_layers", 1, "layers"),
-     ("num_expert_groups", 3, "num_expert_groups"), ("num_groups_per_tok", 9, "num_groups_per_tok")],
+     ("num_expert_groups", 3, "num_expert_groups"), ("gate_groups_per_tok", 9, "gate_groups_per_tok")],
 )  # fmt: skip
 def test_impossible_configs_are_refused(tmp_path, tokenizer, key, value, match):
     trained(tmp_path / "m", tokenizer, SHAPES["groups"])
@@ -163,7 +163,7 @@ def test_impossible_configs_are_refused(tmp_path, tokenizer, key, value, match):
 
 
 def test_impossible_shapes_and_runs_are_refused(tmp_path, tokenizer):
-    for changed in ({"num_expert_groups": 3, "num_groups_per_tok": 1}, {"mod_capacity": 0.5}, {"num_hidden_layers": 1}):
+    for changed in ({"num_expert_groups": 3, "gate_groups_per_tok": 1}, {"mod_capacity": 0.5}, {"num_hidden_layers": 1}):
         with pytest.raises(UsageError):
             dataclasses.replace(FLAT, **changed)
     trained(tmp_path / "m", tokenizer, SHAPES["groups"])

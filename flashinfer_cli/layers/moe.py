@@ -48,9 +48,9 @@ def route_groups(primary: torch.Tensor, logits: torch.Tensor, moe: MoeConfig) ->
 
     Both softmaxes are over what is kept, and a weight is the product of the two. Experts of -inf have no weight.
     """
-    tokens, few = len(primary), moe.num_groups_per_tok
+    tokens, few = len(primary), moe.gate_groups_per_tok
     top, groups = primary.topk(few, dim=-1)
-    inside = logits.view(tokens, moe.num_groups, -1)
+    inside = logits.view(tokens, moe.gate_groups, -1)
     kept, numbers = inside.gather(1, groups[..., None].expand(-1, -1, inside.shape[-1])).topk(
         moe.num_experts_per_tok // few, dim=-1
     )

@@ -196,7 +196,7 @@ class Builder:
 
     def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
         """The routers of the layers behind one whose FFN has this norm, for guesses of their experts."""
-        if self.config.moe is not None and self.config.moe.num_groups:
+        if self.config.moe is not None and self.config.moe.gate_groups:
             return ()  # logits of different groups say nothing of each other
         plain = self.config.norm == "rms" and not self.config.norm_offset
         found = []
@@ -288,7 +288,7 @@ class Builder:
             )
             if run.cache_bias:
                 moe = self.config.moe
-                if moe is not None and moe.num_groups:
+                if moe is not None and moe.gate_groups:
                     raise UsageError(
                         "--cache-bias prefers experts among all, and this model's gate chooses groups first.",
                         "Leave it out.",

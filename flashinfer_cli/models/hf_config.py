@@ -151,10 +151,10 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         raise CorruptCheckpointError(f"The config's 'num_experts_per_tok' {chosen} is more than its {experts} experts.")
     groups, few = 0, 0
     if family.recurrent and read.get("num_expert_groups"):
-        groups, few = read.size("num_expert_groups"), read.size("num_groups_per_tok")
+        groups, few = read.size("num_expert_groups"), read.size("gate_groups_per_tok")
         if experts % groups or few > groups or chosen % few or chosen // few > experts // groups:
             raise CorruptCheckpointError(
-                f"The config's 'num_expert_groups' {groups} and 'num_groups_per_tok' {few} do not divide its "
+                f"The config's 'num_expert_groups' {groups} and 'gate_groups_per_tok' {few} do not divide its "
                 f"{experts} experts and the {chosen} of a token."
             )
     moe = MoeConfig(
@@ -165,8 +165,8 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         shared_expert_intermediate_size=read.size("shared_expert_intermediate_size") if family.shared_expert else 0,
         shared_expert_gate=family.shared_expert,
         num_noop_experts=noops,
-        num_groups=groups,
-        num_groups_per_tok=few,
+        gate_groups=groups,
+        gate_groups_per_tok=few,
     )
     return moe, () if all(sparse) else tuple(sparse)
 

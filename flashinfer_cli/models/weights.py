@@ -163,8 +163,8 @@ class _Layer:
         assert moe is not None
         d, ff, count = self.config.hidden_size, moe.moe_intermediate_size, moe.num_experts
         self.add("router", count + moe.num_noop_experts, d)
-        if moe.num_groups:
-            self.add("group_router", moe.num_groups, d)
+        if moe.gate_groups:
+            self.add("group_router", moe.gate_groups, d)
         shapes = {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}
         fused = self.table.find(self.named("all_experts.gate_up"))
         if fused is not None:

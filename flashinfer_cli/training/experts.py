@@ -44,7 +44,7 @@ class MoeFfn(nn.Module):
             return gating.noisy_top_k(clean, noise, shape.num_experts_per_tok)
         return gating.two_levels(
             F.linear(wide, self.group_gate), F.linear(wide, self.group_noise) if noisy else None, clean, noise,
-            shape.num_groups_per_tok, shape.num_experts_per_tok // shape.num_groups_per_tok,
+            shape.gate_groups_per_tok, shape.num_experts_per_tok // shape.gate_groups_per_tok,
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor, aux: Aux) -> torch.Tensor:

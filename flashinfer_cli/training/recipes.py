@@ -111,7 +111,7 @@ _ROWS = (
     Recipe(
         "stories-moe-lstm-2",
         "experts between two LSTMs, two levels of gating: 2 of 8 groups, 2 of 8 experts in each",
-        replace(_LSTM, num_expert_groups=8, num_groups_per_tok=2),
+        replace(_LSTM, num_expert_groups=8, gate_groups_per_tok=2),
         tokens=6_000_000,
         batch=16,
         sequence=128,

@@ -29,7 +29,7 @@ class Shape:
     num_noop_experts: int = 0  # integrated MoDE: choices of the router that compute nothing
 
     num_expert_groups: int = 0  # two levels of gating: groups of experts; 0: one level
-    num_groups_per_tok: int = 0  # of which a token uses so many, and as many experts of each
+    gate_groups_per_tok: int = 0  # of which a token uses so many, and as many experts of each
     recurrent: bool = False  # LSTMs rather than attention, experts act(up) between them (1701.06538)
 
     mod_capacity: float = 0.0  # share of the tokens a MoD block computes; 0: every block computes all
@@ -42,7 +42,7 @@ class Shape:
             raise UsageError("The heads must divide the hidden size, and the key/value heads the heads.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts + self.num_noop_experts:
             raise UsageError(f"{self.num_experts_per_tok} experts a token of {self.num_experts} cannot be.")
-        groups, few = self.num_expert_groups, self.num_groups_per_tok
+        groups, few = self.num_expert_groups, self.gate_groups_per_tok
         if groups and (
             self.num_experts % groups
             or not 1 <= few <= groups
@@ -90,7 +90,7 @@ class Shape:
         common = {
             key: value
             for key, value in asdict(self).items()
-            if not key.startswith(("mod_", "num_exp", "num_noop", "num_groups", "moe_", "recurrent"))
+            if not key.startswith(("mod_", "num_exp", "num_noop", "gate_groups", "moe_", "recurrent"))
         }
         config = common | {
             "head_dim": self.head_dim,
@@ -104,7 +104,7 @@ class Shape:
             config |= moe | {"model_type": "moe_lstm", "architectures": ["MoeLstmForCausalLM"]}
             config |= {"intermediate_size": self.moe_intermediate_size}
             if self.num_expert_groups:
-                config |= {"num_expert_groups": self.num_expert_groups, "num_groups_per_tok": self.num_groups_per_tok}
+                config |= {"num_expert_groups": self.num_expert_groups, "gate_groups_per_tok": self.gate_groups_per_tok}
         elif self.is_depth_model:
             config |= {"model_type": "mixture_of_depths", "architectures": ["MixtureOfDepthsForCausalLM"]}
             config |= {key: value for key, value in asdict(self).items() if key.startswith("mod_")}
