@@ -1,4 +1,8 @@
-"""Figure 4 of 2305.13245 on a model of the zoo: mean, first and random conversion, before and after uptraining."""
+"""Figure 4 of 2305.13245 at small scale: mean, first and random conversion of heads, before and after uptraining.
+
+For each seed a model with 8 key/value heads is trained here and made into one with a single one; `--zoo NAME` takes a
+model of the zoo instead, whose seeds are then only those of the uptraining.
+"""
 
 from __future__ import annotations
 
@@ -11,51 +15,73 @@ from typing import Any
 from flashinfer_cli import zoo
 from flashinfer_cli.apps.heads import METHODS, convert_heads
 from flashinfer_cli.apps.uptrain import original_tokens
+from flashinfer_cli.training.export import write_folder
 from flashinfer_cli.training.load import load_decoder
-from flashinfer_cli.training.loop import Training
+from flashinfer_cli.training.loop import Corpus, Training
+from flashinfer_cli.training.shape import Shape
 
 from .figure import bars
 from .machine import emit
-from .small_runs import NOWHERE, arguments, corpus_of, judge, small, table
+from .small_runs import NOWHERE, SHAPE, arguments, corpus_of, judge, run, small, table
 
-MODEL, KV_HEADS, SEEDS = "stories-draft", 1, 3
-SHARES = (0.05, 0.10)  # of the tokens that the model was trained on
-ALL = 10**9  # --steps: the whole of a share
+SEEDS = 3
+SHARES = (0.0, 0.05, 0.10)  # of the tokens that the model was trained on
+MHA = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 3}
+TOKENS = 1024  # of a step, as `small` has them
 
 
 def main(argv: list[str]) -> None:
-    """--steps N stops each uptraining after N steps of 1,024 tokens, and then the second share is left out."""
-    given = arguments(argv, __doc__ or "", steps=ALL)
-    source = zoo.path_of(MODEL)
-    shape = load_decoder(source).shape
+    """--zoo NAME; --steps are of the training, or the most of each uptraining of a zoo model."""
+    name = argv.pop(argv.index("--zoo") + 1) if "--zoo" in argv else None
+    given = arguments([word for word in argv if word != "--zoo"], __doc__ or "", steps=500)
+    source = None if name is None else zoo.path_of(name)
+    shape = replace(SHAPE, **MHA) if source is None else load_decoder(source).shape
     corpus = corpus_of(replace(small({}, 1, given.seed), shape=shape), given.data)
-    wanted = [min(given.steps, round(original_tokens(source) * share / 1024)) for share in SHARES]
-    wanted = wanted[:1] if given.steps <= wanted[0] else wanted
+    trained = given.steps if source is None else round(original_tokens(source) / TOKENS)
+    wanted = [round(trained * share) for share in SHARES]
+    if source is not None:
+        wanted = [steps for steps in wanted if steps <= given.steps]
     rows: list[dict[str, Any]] = []
     for seed in range(given.seed, given.seed + SEEDS):
-        for method in METHODS:
-            with tempfile.TemporaryDirectory() as scratch:
-                convert_heads(source, Path(scratch) / "out", KV_HEADS, method=method, seed=seed)
-                row: dict[str, Any] = {"method": method, "seed": seed}
-                for steps in (0, *wanted):
-                    recipe = replace(
-                        small({}, max(1, steps), seed, learning_rate=1e-3), shape=shape, warmup=max(1, min(20, steps))
-                    )
-                    batches = replace(corpus.train, seed=seed)
-                    training = Training(
-                        recipe, replace(corpus, train=batches), NOWHERE, load_decoder(Path(scratch) / "out")
-                    )
-                    for _ in range(steps):
-                        training.advance()
-                    row[f"after {steps} steps"] = judge(training)[0]
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            start = source
+            if start is None:
+                found = run(small(MHA, given.steps, seed), corpus)
+                start = Path(scratch) / "trained"
+                start.mkdir()
+                write_folder(found.training.model, corpus.tokenizer, start)
+            original = judged(start, corpus)
+            for method in METHODS:
+                convert_heads(start, Path(scratch) / method, 1, method=method, seed=seed)
+                row: dict[str, Any] = {"method": method, "seed": seed, "original": original}
+                for steps in wanted:
+                    row[f"after {steps} steps"] = uptrained(Path(scratch) / method, shape, corpus, steps, seed)
+                rows.append(row)
+                print(row, file=sys.stderr, flush=True)
     columns = tuple(rows[0])
     table(columns, [tuple(row.values()) for row in rows])
     means = [
         (f"{method}, {when}", sum(r[when] for r in rows if r["method"] == method) / SEEDS)
-        for when in columns[2:]
+        for when in columns[3:]
         for method in METHODS
     ]
-    bars(given.figure, f"{MODEL}, 2 to 1 key/value heads: held-out nats a token", means)
-    emit("gqa", rows, seed=given.seed, shares=SHARES, steps=wanted)
+    title = f"{name or '8 heads trained here'}, {shape.num_key_value_heads} to 1 key/value heads: held-out nats a token"
+    bars(given.figure, title, means, start=float(int(min(n for _, n in means))))
+    emit("gqa", rows, seed=given.seed, model=name or "trained here", shares=SHARES, steps=wanted)
+
+
+def judged(folder: Path, corpus: Corpus) -> float:
+    model = load_decoder(folder)
+    return judge(Training(replace(small({}, 1, 1), shape=model.shape), corpus, NOWHERE, model))[0]
+
+
+def uptrained(folder: Path, shape: Shape, corpus: Corpus, steps: int, seed: int) -> float:
+    """Nats a token after `steps` more, in the order of `seed`."""
+    recipe = replace(
+        small({}, max(1, steps), seed, learning_rate=1e-3), shape=shape, warmup=max(1, min(20, steps // 5))
+    )
+    corpus = replace(corpus, train=replace(corpus.train, seed=seed + 1000))
+    training = Training(recipe, corpus, NOWHERE, load_decoder(folder))
+    for _ in range(steps):
+        training.advance()
+    return judge(training)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .figure import bars
 from .machine import emit
-from .small_runs import arguments, balance, corpus_of, run, small, table
+from .small_runs import arguments, corpus_of, late_balance, run, small, table
 
 SIZE, CHOSEN = 48, 2
 COUNTS = (4, 16, 64)
@@ -23,9 +23,10 @@ def main(argv: list[str]) -> None:
             "experts": name,
             "parameters": sum(p.numel() for p in found.training.model.parameters()),
             "perplexity": found.perplexity,
-            "max_over_mean": balance(found.aux)[2] if "num_experts" in shape else 1.0,
+            "max_over_mean": late_balance(found.training)[2] if "num_experts" in shape else 1.0,
+            "ms_a_step": found.seconds * 1e3,
         })  # fmt: skip
-    table(("experts", "weights", "perplexity", "max/mean"), [tuple(row.values()) for row in rows])
+    table(("experts", "weights", "perplexity", "max/mean", "ms a step"), [tuple(row.values()) for row in rows])
     least = min(r["perplexity"] for r in rows)
     labels = [(f"{r['experts']} experts" if r["experts"] != "dense" else "dense", r["perplexity"]) for r in rows]
     bars(given.figure, "Perplexity, equal compute a token", labels, start=float(int(least * 0.9)))

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,30 @@ from flashinfer_cli import zoo
 from flashinfer_cli.apps.train import read_tokenizer
 from flashinfer_cli.training.loop import Corpus, Training, read_corpus
 from flashinfer_cli.training.model import Aux
-from flashinfer_cli.training.objective import held_out_nats
+from flashinfer_cli.training.objective import held_out_nats, total_loss
 from flashinfer_cli.training.recipes import Recipe
 from flashinfer_cli.training.shape import Shape
 
-SHAPE = Shape(hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+SHAPE = Shape(vocab_size=512, hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 NOWHERE = Path("/nonexistent")  # a run in memory has no folder; nothing is written
 JUDGED = 8  # batches of held-out text
+LATE = 50  # steps at the end of a run whose loads are counted
+
+
+class Watched(Training):
+    """A run that keeps how often experts were chosen, and the CV of their importance, in its last LATE steps."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+        self.chosen: deque[torch.Tensor] = deque(maxlen=LATE)
+        self.importance: deque[float] = deque(maxlen=LATE)
+        super().__init__(recipe, corpus, NOWHERE)
+
+    def _loss(self, l1: float) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, figures, aux = total_loss(self.model, self.corpus.train(self.step), self.recipe, l1)
+        if aux.chosen:
+            self.chosen.append(torch.stack(aux.chosen))
+            self.importance.append(math.sqrt(figures["importance"]))
+        return loss, figures
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class Found:
     nats: float
     seconds: float
     aux: Aux
-    training: Training
+    training: Watched
 
     @property
     def perplexity(self) -> float:
@@ -55,13 +73,14 @@ def arguments(argv: list[str], about: str, **defaults: Any) -> argparse.Namespac
 def small(shape: dict[str, Any], steps: int, seed: int, **changes: Any) -> Recipe:
     """A recipe of `steps` steps of 8 sequences of 128 tokens."""
     shaped = replace(SHAPE, **shape)
-    changes = {"warmup": max(1, min(50, steps // 5)), "seed": seed} | changes
+    changes = {"warmup": max(1, min(50, steps // 5)), "seed": seed, "dtype": "float32"} | changes
     return Recipe("small", "", shaped, tokens=steps * 1024, sequence=128, **changes)
 
 
 def corpus_of(recipe: Recipe, texts: list[Path]) -> Corpus:
-    """The text in the zoo's tokens."""
-    return read_corpus(recipe, texts, read_tokenizer(zoo.path_of(zoo.DEFAULT)))
+    """The text in the zoo's tokens for a model of its vocabulary, else in those of a tokenizer trained on it."""
+    zoos = read_tokenizer(zoo.path_of(zoo.DEFAULT))
+    return read_corpus(recipe, texts, zoos if zoos.get_vocab_size() == recipe.shape.vocab_size else None)
 
 
 def judge(training: Training) -> tuple[float, Aux]:
@@ -73,7 +92,7 @@ def judge(training: Training) -> tuple[float, Aux]:
 
 def run(recipe: Recipe, corpus: Corpus) -> Found:
     """Train from the recipe's seed to its last step, and judge."""
-    training = Training(recipe, corpus, NOWHERE)
+    training = Watched(recipe, corpus)
     times = []
     for _ in range(recipe.steps):
         begin = time.perf_counter()
@@ -90,6 +109,14 @@ def balance(aux: Aux) -> tuple[float, float, float]:
     cv = chosen.std(-1, correction=0) / chosen.mean(-1)
     importance = torch.stack([i for i in aux.importance if len(i)]).mean().sqrt()
     return float(importance), float(cv.mean()), float((chosen.max(-1).values / chosen.mean(-1)).mean())
+
+
+def late_balance(training: Watched) -> tuple[float, float, float]:
+    """As `balance`, of the last training steps: with the gate's noise, each batch's loads on their own."""
+    loads = torch.stack(list(training.chosen))  # [steps, layers, experts]
+    cv = (loads.std(-1, correction=0) / loads.mean(-1)).mean()
+    most = (loads.max(-1).values / loads.mean(-1)).mean()
+    return sum(training.importance) / len(training.importance), float(cv), float(most)
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

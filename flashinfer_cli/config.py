@@ -48,6 +48,8 @@ class MoeConfig:
     norm_topk_prob: bool = True  # weights of the chosen k sum to one
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False  # sigmoid gate on the shared expert's output (qwen2_moe)
+    gate_groups: int = 0  # two levels of gating (1701.06538): experts stand in so many groups; 0: one level
+    gate_groups_per_tok: int = 0  # of which a token uses so many
     num_noop_experts: int = 0  # choices of the router behind the experts that compute nothing (integrated MoDE)
     num_groups: int = 1  # the experts stand in so many groups (deepseek_v2),
     groups_per_tok: int = 1  # of which a token takes from the best so many
@@ -125,6 +127,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     moe_layers: tuple[bool, ...] = ()  # by layer: experts or one dense FFN; empty: as `moe` says for all
     mod: DepthConfig | None = None
+    recurrent: bool = False  # LSTMs in the place of attention; a layer has experts or no FFN at all (1701.06538)
     dtype: str = "F32"  # the dtype the config names, as a tensor format: F32, F16, BF16
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -178,10 +181,11 @@ class WeightMap:
     Global roles: embed, head (the same ref as embed when tied), head.bias, positions, project_in, project_out,
     final_norm, final_norm.bias.
     Layer roles: attn_norm, attn_post_norm, ffn_norm, ffn_post_norm (each also with .bias); q, k, v or qkv, and o
-    (each also with .bias), or with latent attention q or q_a, q_a_norm, q_b, and kv_a, kv_a_norm, kv_b; q_norm, k_norm
-    (also .bias); sinks; up, down (and gate where gated; each also with .bias); router (.bias); experts.<e>.gate|up|down
-    or experts.<e>.gate_up|down (.bias, and .scales: rows of FP4 pairs apart from their scales); shared.gate|up|down
-    (.bias); shared_gate; mod_router; mod_hidden, mod_out (.bias).
+    (each also with .bias), or with latent attention q or q_a, q_a_norm, q_b, and kv_a, kv_a_norm, kv_b, or with LSTMs
+    lstm_input (.bias) and lstm_recurrent; q_norm, k_norm (also .bias); sinks; up, down (and gate where gated; each also
+    with .bias); router (.bias), group_router; experts.<e>.gate|up|down or experts.<e>.gate_up|down (.bias, and .scales:
+    rows of FP4 pairs apart from their scales); shared.gate|up|down (.bias); shared_gate; mod_router; mod_hidden,
+    mod_out (.bias).
     """
 
     model: dict[str, WeightRef]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from flashinfer_cli.apps.tune import tune
 from flashinfer_cli.cli import main
 from flashinfer_cli.errors import UsageError
 from flashinfer_cli.tokenizer import Tokenizer
-from flashinfer_cli.training.dialogue import IGNORED, Example, collate, read_rows
+from flashinfer_cli.training.dialogue import IGNORED, Dialogues, Example, collate, read_rows
 from flashinfer_cli.training.load import load_decoder
 
 MODEL = zoo.path_of("stories-moe")
@@ -56,6 +57,19 @@ def test_targets_are_the_answers_and_their_stop():
     assert ids.tolist() == [[7, 8, 9, 5, 6, 0], [7, 4, 0, 0, 0, 0]]
     x = IGNORED
     assert targets.tolist() == [[x, x, 5, 6, 0], [4, 0, x, x, x]]
+
+
+def test_batches_hold_rows_of_like_length_and_every_row_once_a_pass():
+    random = np.random.default_rng(0)
+    rows = [Example(tuple(range(int(n))), 1) for n in random.integers(4, 200, 96)]
+    batches = Dialogues(rows, 4, seed=1)
+    for epoch in (0, 1):
+        chosen = [batches._chosen(epoch * 24 + step) for step in range(24)]
+        assert sorted(id(r) for b in chosen for r in b) == sorted(map(id, rows))
+        spread = [max(len(r.ids) for r in b) - min(len(r.ids) for r in b) for b in chosen]
+        assert sum(spread) / 24 < 20  # of four at random: 117
+    first = [len(b[0].ids) for b in chosen]
+    assert first != sorted(first) and batches._chosen(3) == Dialogues(rows, 4, seed=1)._chosen(3)
 
 
 def test_input_follows_the_instruction(tmp_path):

@@ -37,6 +37,7 @@ def tune(
     batch: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 1,
+    longest: int | None = None,
     threads: int | None = None,
     report: Report = lambda done, total, figures: None,
     stop: Callable[[], bool] = lambda: False,
@@ -44,8 +45,9 @@ def tune(
 ) -> dict[str, Any] | None:
     """Tune the small model in `source` on rows of `data`; returns figures before and after, which stay in tuning.json.
 
-    Loss on the answers and their stop token only. None when `stop` became true first: the same call goes on from there.
-    The weights are written last. Raises UsageError before anything is written, a bad row named by its line.
+    Loss on the answers and their stop token only; rows of more than `longest` tokens are left out. None when `stop`
+    became true first: the same call goes on from there. The weights are written last. Raises UsageError before anything
+    is written, a bad row named by its line.
     """
     if freeze not in FROZEN:
         raise UsageError(f"'{freeze}' cannot be frozen.", f"Freeze one of {', '.join(FROZEN)}.")
@@ -65,7 +67,7 @@ def tune(
         _lay_out(source, out)
         tokenizer = Tokenizer.from_folder(out)
         end = _stop(tokenizer, out, began)
-        longest = shape.max_position_embeddings
+        longest = min(longest or shape.max_position_embeddings, shape.max_position_embeddings)
 
         def prompt(question: str) -> list[int]:
             return tokenizer.encode_chat([{"role": "user", "content": question}])
@@ -76,7 +78,7 @@ def tune(
         learnt, kept = (examples(rows, prompt, answer, end, longest) for rows in (train, held))
         if not learnt or not kept:
             _undo(out, began)
-            raise UsageError(f"No row is short enough for the model's {longest} tokens.")
+            raise UsageError(f"No row is short enough for {longest} tokens.")
         left = len(train) + len(held) - len(learnt) - len(kept)
         say(f"{len(learnt):,} rows to learn, {len(kept):,} held out" + (f", {left:,} too long" if left else ""))
         kept = kept[:JUDGED]
@@ -84,7 +86,7 @@ def tune(
         recipe = Recipe(
             "tune", "", shape, tokens=steps * batch * longest, batch=batch, sequence=longest, seed=seed,
             learning_rate=learning_rate, warmup=max(1, min(50, steps // 10)), weight_decay=0.0,
-            importance_weight=importance_weight, load_weight=load_weight,
+            importance_weight=importance_weight, load_weight=load_weight, dtype="float32",
         )  # fmt: skip
         dialogues = Dialogues(learnt, batch, seed)
         corpus = corpus_of(dialogues, read_tokenizer(source))
@@ -93,7 +95,7 @@ def tune(
             return None
         found = {
             "source": source.name, "data": data.name, "rows": len(learnt), "rows_held_out": len(kept),
-            "rows_too_long": left, "freeze": freeze, "importance_weight": importance_weight,
+            "rows_too_long": left, "longest": longest, "freeze": freeze, "importance_weight": importance_weight,
             "load_weight": load_weight, "steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed,
             "before": before, "after": judge_answers(training.model, kept),
         }  # fmt: skip

@@ -61,7 +61,11 @@ class Quantization:
     @property
     def parameters(self) -> dict[str, str]:
         """What the manifest says about it."""
-        found: dict[str, str] = {"quantize_experts": self.experts, "quantize_trunk": self.trunk, "rounding": self.rounding}
+        found: dict[str, str] = {
+            "quantize_experts": self.experts,
+            "quantize_trunk": self.trunk,
+            "rounding": self.rounding,
+        }
         return found if self.small == "none" else found | {"small_experts": self.small}
 
 

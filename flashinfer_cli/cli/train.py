@@ -32,7 +32,7 @@ def _option(help_: str, panel: str, metavar: str | None = None, **more: Any) -> 
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="stories-relu, stories-moe, stories-mod or stories-draft."),
+        typer.Argument(metavar="RECIPE", help="stories-relu, -moe, -mod, -draft, -moe-lstm or -moe-lstm-2."),
     ],
     data: Annotated[
         list[Path],

@@ -36,6 +36,12 @@ def tune(
         float, typer.Option("--learning-rate", min=1e-8, metavar="X", help="At its peak; then down a cosine.")
     ] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of everything random.")] = 1,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            "--longest", min=8, metavar="N", show_default="the model's context", help="Tokens of the longest row taken."
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -61,8 +67,8 @@ def tune(
     with stopping() as stop:
         found = run(
             resolve(model), out, data, freeze=freeze, importance_weight=importance_weight, load_weight=load_weight,
-            steps=steps, batch=batch, learning_rate=learning_rate, seed=seed, threads=threads, report=report,
-            stop=lambda: bool(stop), say=console.note,
+            steps=steps, batch=batch, learning_rate=learning_rate, seed=seed, longest=longest, threads=threads,
+            report=report, stop=lambda: bool(stop), say=console.note,
         )  # fmt: skip
     console.clear()
     if found is None:

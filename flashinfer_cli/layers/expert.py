@@ -34,14 +34,15 @@ class ExpertPart:
     scales: int | None = None
 
 
-# By role: gate, up and down, or gate_up (rows in turn) and down; each may have a bias, as "down.bias".
+# By role: gate (not where act(up) is all), up and down, or gate_up (rows in turn) and down; each may have a bias, as
+# "down.bias".
 ExpertLayout = Mapping[str, ExpertPart]
 
 
 def apply_expert(
     x: torch.Tensor, layout: ExpertLayout, pieces: list[torch.Tensor], act: str, moe: MoeConfig, rt: Runtime
 ) -> torch.Tensor:
-    """x [T, d] through a gated expert -> [T, d]; `pieces` are uint8 tensors."""
+    """x [T, d] through an expert -> [T, d]; `pieces` are uint8 tensors."""
 
     def project(x: torch.Tensor, role: str) -> torch.Tensor:
         out, bias = _times(x, layout[role], pieces, rt), layout.get(f"{role}.bias")
@@ -50,8 +51,10 @@ def apply_expert(
     if "gate_up" in layout:
         both = project(x, "gate_up").unflatten(-1, (-1, 2))
         gate, up = both[..., 0].contiguous(), both[..., 1].contiguous()
-    else:
+    elif "gate" in layout:
         gate, up = project(x, "gate"), project(x, "up")
+    else:
+        return project(rt.apart(ACTIVATIONS[act], project(x, "up")), "down")
     if moe.clamped_swiglu is None:
         h = rt.apart(ACTIVATIONS[act], gate).mul_(up)
     else:

@@ -38,6 +38,21 @@ def _scaled(weights: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
     return weights if moe.routed_scaling == 1.0 else weights * moe.routed_scaling
 
 
+def route_groups(primary: torch.Tensor, logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two levels (1701.06538, appendix B): the best groups by `primary` [T, G], the best of each by `logits` [T, E].
+
+    Both softmaxes are over what is kept, and a weight is the product of the two. Experts of -inf have no weight.
+    """
+    tokens, few = len(primary), moe.gate_groups_per_tok
+    top, groups = primary.topk(few, dim=-1)
+    inside = logits.view(tokens, moe.gate_groups, -1)
+    kept, numbers = inside.gather(1, groups[..., None].expand(-1, -1, inside.shape[-1])).topk(
+        moe.num_experts_per_tok // few, dim=-1
+    )
+    weights = (top.softmax(-1)[..., None] * kept.softmax(-1)).nan_to_num(0.0)
+    return weights.flatten(1), (numbers + groups[..., None] * inside.shape[-1]).flatten(1)
+
+
 @dataclass
 class CacheBias:
     """Cache-aware routing (2412.00099): experts that are here are preferred. Lossy.
@@ -143,6 +158,7 @@ class MoeFfn:
     ahead: tuple[Ahead, ...] = ()
     bias: CacheBias | None = None
     degrade: float = 0.0  # of a token's weights: what has less is served from its small copy where it is not here
+    group_router: torch.Tensor | None = None  # float32 [G, d], of two levels of gating
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
@@ -151,7 +167,7 @@ class MoeFfn:
         if rt.mode.here:
             return self._draft(x, logits, rt)
         with rt.recorder.computing():
-            weights, chosen = self._route(logits, rt)
+            weights, chosen = self._route(x, logits, rt)
             by_rank = x.new_empty(*chosen.shape, x.shape[-1])
             asked = chosen.cpu().numpy()
             if self.moe.num_noop_experts:  # those behind the experts ask for nothing and add nothing
@@ -181,7 +197,7 @@ class MoeFfn:
         away = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         away[[*found, *range(self.moe.num_experts, logits.shape[-1])]] = False
         out = torch.zeros_like(x)
-        weights, chosen = route(logits.masked_fill(away, float("-inf")), self.moe)
+        weights, chosen = self._true_route(x, logits.masked_fill(away, float("-inf")), rt)
         for weight, expert in zip(weights[0].tolist(), chosen[0].tolist(), strict=True):
             if expert in found and weight > 0:
                 out += weight * self._expert(x, self.layouts[expert], found[expert], rt)
@@ -195,9 +211,15 @@ class MoeFfn:
         heavy = held | (weights >= self.degrade * weights.sum(-1, keepdims=True))
         return sorted({*asked[wanted & ~heavy].tolist()} - {*asked[wanted & heavy].tolist()})
 
-    def _route(self, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.bias is None or rt.recorder.phase != "decode":
+    def _true_route(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+        group_router = self.group_router
+        if group_router is None:
             return route(logits, self.moe)
+        return route_groups(rt.apart(lambda row: F.linear(row, group_router), x), logits, self.moe)
+
+    def _route(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.bias is None or rt.recorder.phase != "decode":
+            return self._true_route(x, logits, rt)
         held = torch.ones(logits.shape[-1], dtype=torch.bool)  # a choice that computes nothing costs no read either
         held[: self.moe.num_experts] = torch.from_numpy(self.cache.policy.held(self.layer))
         return self.bias.route(logits, held.to(logits.device), self.moe)

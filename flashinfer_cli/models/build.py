@@ -16,7 +16,7 @@ from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
 from ..config import NEURON_BLOCK, MlaConfig, ModelConfig, RunConfig
 from ..device import Device
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, UsageError
 from ..layers.attention import Attention
 from ..layers.demand import Demand
 from ..layers.embedding import Embedding
@@ -26,6 +26,7 @@ from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
 from ..layers.moe import Ahead, CacheBias, FirstGuess, MoeFfn, rescale
 from ..layers.norm import Norm
+from ..layers.recurrent import Lstm
 from ..layers.rope import Rope
 from ..plan import MemoryPlan
 from .decoder import Block, Decoder, default_scale
@@ -139,8 +140,12 @@ class Builder:
             rope=rope,
         )
 
-    def _attention(self, index: int, layer: LayerLayout) -> Attention | LatentAttention:
+    def _attention(self, index: int, layer: LayerLayout) -> Attention | LatentAttention | Lstm:
         config = self.config
+        if config.recurrent:
+            recurrent = self._get(index, "lstm_recurrent")
+            assert recurrent is not None
+            return Lstm(index, self._linear(index, "lstm_input", layer.matrices["lstm_input"]), recurrent)
         if config.mla is not None:
             return self._latent(index, layer, config.mla)
         roles = ("qkv",) if "qkv" in layer.matrices else ("q", "k", "v")
@@ -164,8 +169,10 @@ class Builder:
             sinks=self._get(index, "sinks"),
         )
 
-    def _ffn(self, index: int, layer: LayerLayout) -> DenseFfn | RecordFfn | SparseFfn | MoeFfn:
+    def _ffn(self, index: int, layer: LayerLayout) -> DenseFfn | RecordFfn | SparseFfn | MoeFfn | None:
         config = self.config
+        if config.recurrent and not layer.expert_extents:
+            return None
         if layer.expert_extents:
             assert config.moe is not None and self.experts is not None
             router = self._get(index, "router")
@@ -184,6 +191,7 @@ class Builder:
                 ahead=self._ahead(index, self._get(index, "ffn_norm")),
                 bias=self.bias,
                 degrade=self.degrade if layer.small_layouts else 0.0,
+                group_router=self._get(index, "group_router"),
             )
         if layer.records is not None:
             dense = RecordFfn(
@@ -222,6 +230,8 @@ class Builder:
     def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
         """The routers of the layers behind one whose FFN has this norm, or what was learned to guess better, for
         guesses of their experts."""
+        if self.config.moe is not None and self.config.moe.gate_groups:
+            return ()  # logits of different groups say nothing of each other
         plain = self.config.norm == "rms" and not self.config.norm_offset
         found = []
         for distance in LOOKAHEADS:
@@ -321,6 +331,11 @@ class Builder:
             )
             if run.cache_bias:
                 moe = self.config.moe
+                if moe is not None and moe.gate_groups:
+                    raise UsageError(
+                        "--cache-bias prefers experts among all, and this model's gate chooses groups first.",
+                        "Leave it out.",
+                    )
                 few = moe is not None and (moe.num_experts <= 8 or moe.num_experts_per_tok <= 2)
                 self.bias = CacheBias(run.cache_bias, run.keep_top if run.keep_top is not None else 1 if few else 2)
             if plan.everything_fits:

@@ -20,14 +20,15 @@ from ..layers.linear import Linear, Runtime
 from ..layers.mod import TokenRouter
 from ..layers.moe import FirstGuess, MoeFfn
 from ..layers.norm import Norm
+from ..layers.recurrent import Lstm
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer. Norms that a family does not have are None."""
+    """One layer. Norms that a family does not have are None, and so is the FFN of an LSTM that no other follows."""
 
-    attention: Attention | LatentAttention
-    ffn: DenseFfn | RecordFfn | SparseFfn | MoeFfn
+    attention: Attention | LatentAttention | Lstm
+    ffn: DenseFfn | RecordFfn | SparseFfn | MoeFfn | None
     attn_norm: Norm
     ffn_norm: Norm | None
     attn_post_norm: Norm | None
@@ -43,6 +44,8 @@ class Block:
             return x  # without attention a layer's FFN sees what it never saw
         if self.depth is not None:
             return self._some(x, kv, rope_length, rt, self.depth)
+        if self.ffn is None:
+            return x + self.attention(self.attn_norm(x), kv, rope_length, rt)
         if not self.norm_first:  # opt-350m: the norm comes after the residual
             assert self.ffn_norm is not None
             x = self.attn_norm(x + self.attention(x, kv, rope_length, rt))
@@ -72,7 +75,7 @@ class Block:
             rt.feed.demand(self.slices)
         taken = x[kept]
         update = self.attention(self.attn_norm(taken), kv, rope_length, rt, kv.length + kept)
-        assert self.ffn_norm is not None
+        assert self.ffn_norm is not None and self.ffn is not None
         update = update + self.ffn(self.ffn_norm(taken + update), rt)
         return x.index_add(0, kept, update * weights[kept, None])
 

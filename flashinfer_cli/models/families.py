@@ -55,6 +55,7 @@ class Family:
     sinks: bool = False
     latent_attention: bool = False  # keys and values from one short vector (2405.04434)
     interleaved_rope: bool = False  # safetensors too turn the pairs (2j, 2j+1)
+    recurrent: bool = False  # LSTMs, experts between them (1701.06538)
     depth: bool = False  # blocks that tokens may skip (2404.02258)
 
     model_names: Names = field(default_factory=lambda: MODEL)
@@ -311,6 +312,20 @@ _ROWS = (
         words={"num_experts": "num_local_experts"},
         experts="optional",
         depth=True,
+    ),
+    _row(  # our own too: what `genai-run train stories-moe-lstm` writes
+        _LLAMA,
+        "moe_lstm",
+        defaults={"hidden_act": "relu", "rms_norm_eps": 1e-5, "num_attention_heads": 1, "num_key_value_heads": 1,
+                  "norm_topk_prob": True},
+        words={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        gated=False,
+        rotary=False,
+        experts="all",
+        norm_topk_prob=True,
+        recurrent=True,
+        layer_names=renamed(LAYER, experts__gate="", experts__up="block_sparse_moe.experts.{e}.w1",
+                            experts__down="block_sparse_moe.experts.{e}.w2"),
     ),
 )  # fmt: skip
 

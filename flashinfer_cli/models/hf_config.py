@@ -136,7 +136,7 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         return None, ()
     if family.experts == "optional" and not read.get("num_experts"):
         return None, ()
-    sparse = [True] * layers
+    sparse = [not family.recurrent or i + 1 < layers for i in range(layers)]  # between LSTMs, not behind the last
     if family.experts == "sparse_step":
         step, dense = read.size("decoder_sparse_step", default=1), read.get("mlp_only_layers") or []
         if not isinstance(dense, list | tuple):
@@ -156,6 +156,14 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
     noops = read.size("num_noop_experts") if read.get("num_noop_experts") else 0
     if chosen > experts + noops:
         raise CorruptCheckpointError(f"The config's 'num_experts_per_tok' {chosen} is more than its {experts} experts.")
+    gates, few = 0, 0
+    if family.recurrent and read.get("num_expert_groups"):
+        gates, few = read.size("num_expert_groups"), read.size("gate_groups_per_tok")
+        if experts % gates or few > gates or chosen % few or chosen // few > experts // gates:
+            raise CorruptCheckpointError(
+                f"The config's 'num_expert_groups' {gates} and 'gate_groups_per_tok' {few} do not divide its "
+                f"{experts} experts and the {chosen} of a token."
+            )
     width, shared = read.size("moe_intermediate_size"), 0
     if family.shared_expert == "gated":
         shared = read.size("shared_expert_intermediate_size")
@@ -176,6 +184,8 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         routed_scaling=(read.optional("routed_scaling_factor") or 1.0) if family.expert_groups else 1.0,
         clamped_swiglu=(clamped[0] or 1.702, clamped[1] or 7.0) if family.fused_experts else None,
         interleaved=family.fused_experts,
+        gate_groups=gates,
+        gate_groups_per_tok=few,
     )
     return moe, () if all(sparse) else tuple(sparse)
 
@@ -290,6 +300,8 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     hidden, layers = read.size("hidden_size", "n_embed"), read.size("num_hidden_layers")
     mla = _latent(family, read)
     heads, kv_heads, head_dim = _heads(family, read, hidden, mla)
+    if family.recurrent and (heads, kv_heads, head_dim, layers > 1) != (1, 1, hidden, True):
+        raise CorruptCheckpointError("A recurrent model has one 'num_attention_heads', and two layers or more.")
     rope, rope_local = parse_rope(family, config, head_dim if mla is None else mla.qk_rope_head_dim)
     window, sliding = _window(family, read, layers)
     moe, moe_layers = _experts(family, read, layers)
@@ -349,6 +361,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         moe=moe,
         moe_layers=moe_layers,
         mod=mod,
+        recurrent=family.recurrent,
         dtype=_DTYPES.get(dtype, "F32"),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_token_ids(read.get("eos_token_id"), "eos_token_id"),

@@ -22,8 +22,11 @@ from ..plan import Sizes
 from ..store.flash import span_of
 
 # Small matrices that stay, as float32.
-ALWAYS = ("sinks", "router", "shared_gate", "positions", "mod_router", "mod_hidden", "mod_out")
-ATTENTION = ("q", "q_a", "q_b", "k", "v", "qkv", "kv_a", "kv_b", "o")
+ALWAYS = (
+    "sinks", "router", "group_router", "lstm_recurrent", "shared_gate", "positions", "mod_router", "mod_hidden",
+    "mod_out",
+)  # fmt: skip
+ATTENTION = ("q", "q_a", "q_b", "k", "v", "qkv", "kv_a", "kv_b", "o", "lstm_input")
 DENSE = ("gate", "up", "down")
 EXPERT = ("gate", "up", "gate_up", "gate_up.scales", "gate_up.bias", "down", "down.scales", "down.bias")
 SHARED = ("shared.gate", "shared.up", "shared.down")

@@ -100,8 +100,8 @@ def _slice(whole: WeightRef, first: int, rows: int) -> WeightRef:
 class _Layer:
     """One layer's weights, found under `prefix`."""
 
-    def __init__(self, table: _Table, config: ModelConfig, names: Names, prefix: str) -> None:
-        self.table, self.config, self.names, self.prefix = table, config, names, prefix
+    def __init__(self, table: _Table, config: ModelConfig, names: Names, prefix: str, has_ffn: bool = True) -> None:
+        self.table, self.config, self.names, self.prefix, self.has_ffn = table, config, names, prefix, has_ffn
         self.refs: Refs = {}
 
     def named(self, role: str, expert: int | None = None) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class _Layer:
     def norms(self) -> None:
         config = self.config
         roles = ["attn_norm"]
-        roles += [] if config.shared_norm else ["ffn_norm"]
+        roles += [] if config.shared_norm or not self.has_ffn else ["ffn_norm"]
         roles += ["attn_post_norm", "ffn_post_norm"] if config.post_norms else []
         for role in roles:
             self.add(role, config.hidden_size)
@@ -160,6 +160,11 @@ class _Layer:
             raise missing(self.named(role), suffix)
         return info
 
+    def recurrence(self) -> None:
+        d = self.config.hidden_size
+        self.add("lstm_input", 4 * d, d)
+        self.add("lstm_recurrent", 4 * d, d)
+
     def depth_router(self) -> None:
         assert self.config.mod is not None
         d, hidden = self.config.hidden_size, self.config.mod.predictor_size
@@ -187,6 +192,8 @@ class _Layer:
         if moe.interleaved:
             self.fused_experts(moe)
             return
+        if moe.gate_groups:
+            self.add("group_router", moe.gate_groups, d)
         shapes = {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}
         fused = self.table.find(self.named("all_experts.gate_up"))
         if fused is not None:
@@ -194,7 +201,8 @@ class _Layer:
             for e in range(count):
                 self.refs[f"experts.{e}.gate"] = WeightRef(fused.name, 2 * e * ff, ff, d)
                 self.refs[f"experts.{e}.up"] = WeightRef(fused.name, (2 * e + 1) * ff, ff, d)
-        for part in ("down",) if fused is not None else ("gate", "up", "down"):
+        roles = ("gate", "up", "down") if self.config.gated else ("up", "down")
+        for part in ("down",) if fused is not None else roles:
             rows, cols = shapes[part]
             whole = self.table.find(self.named(f"all_experts.{part}"))
             if whole is not None:
@@ -299,14 +307,18 @@ def weight_map(
     model = _globals(table, config, model_names, prefix, heads)
     layers: list[Refs] = []
     for i in range(config.num_hidden_layers):
-        layer = _Layer(table, config, layer_names, prefix + block.format(i=i))
+        has_ffn = config.is_moe(i) or not config.recurrent
+        layer = _Layer(table, config, layer_names, prefix + block.format(i=i), has_ffn)
         layer.norms()
-        layer.attention()
+        if config.recurrent:
+            layer.recurrence()
+        else:
+            layer.attention()
         if config.is_skippable(i):
             layer.depth_router()
         if config.is_moe(i):
             layer.experts()
-        else:
+        elif has_ffn:
             layer.dense_ffn()
         layers.append(layer.refs)
     table.check_all_used()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 
 from ..errors import UsageError
 from .data import HELD_OUT
+from .objective import IGNORED as IGNORED
 
-IGNORED = -100  # a target that no loss is taken of
+ALIKE = 32  # batches whose rows are sorted by length among each other
 TEMPLATE = (  # for models that have none; its answers end with the model's end of text
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
@@ -100,23 +101,39 @@ def examples(
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Batches of examples in a seeded order; that of a step depends on nothing but its number."""
+    """Batches of examples in a seeded order; that of a step depends on nothing but its number.
+
+    Rows of a batch are of about one length, so that little of it is padding.
+    """
 
     examples: Sequence[Example]
     batch: int
     seed: int
+    _orders: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def stream(self) -> np.ndarray:
         """All token ids one after the other: what identifies the data."""
         return np.concatenate([np.asarray((example.start, *example.ids), np.int32) for example in self.examples])
 
+    def _order(self, epoch: int) -> list[int]:
+        """A shuffle in which ALIKE batches are sorted by length together, and shuffled again as whole batches."""
+        if epoch not in self._orders:
+            random = np.random.default_rng((self.seed, epoch))
+            shuffled = random.permutation(len(self.examples)).tolist()
+            span, batches = ALIKE * self.batch, []
+            for first in range(0, len(shuffled), span):
+                near = sorted(shuffled[first : first + span], key=lambda i: len(self.examples[i].ids))
+                batches += [near[i : i + self.batch] for i in range(0, len(near), self.batch)]
+            self._orders.clear()
+            self._orders[epoch] = [i for b in random.permutation(len(batches)) for i in batches[b]]
+        return self._orders[epoch]
+
     def _chosen(self, step: int) -> list[Example]:
         found = []
         for number in range(step * self.batch, (step + 1) * self.batch):
             epoch, place = divmod(number, len(self.examples))
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
-            found.append(self.examples[int(order[place])])
+            found.append(self.examples[self._order(epoch)[place]])
         return found
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from .data import END
 from .model import Decoder
 
+LSTM = {"weight_ih_l0": "input.weight", "bias_ih_l0": "input.bias", "weight_hh_l0": "recurrent.weight"}
 GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 
@@ -20,16 +21,24 @@ def checkpoint_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         stem, _, last = name.rpartition(".mlp.")
-        if last == "noise":
+        if last in ("noise", "group_noise") or name.endswith("lstm.bias_hh_l0"):  # the latter is zero
             continue
         moe = f"model.{stem}.block_sparse_moe"
         if last == "gate":
             found[f"{moe}.gate.weight"] = value
+        elif last == "group_gate":
+            found[f"{moe}.group_gate.weight"] = value
         elif last in ("w1", "w2", "w3"):
             found |= {f"{moe}.experts.{e}.{last}.weight": expert for e, expert in enumerate(value)}
         else:
-            found[f"model.{name}"] = value
+            found[f"model.{plain_name(name)}"] = value
     return {name: value.to(torch.bfloat16).contiguous() for name, value in found.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the checkpoint: torch's names of an LSTM's become those of two matrices and a bias."""
+    stem, dot, last = name.rpartition(".lstm.")
+    return f"{stem}{dot}{LSTM[last]}" if dot else name
 
 
 def write_folder(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:

@@ -62,6 +62,34 @@ def noisy_top_k(
     return Gates(weights, experts, dense, load)
 
 
+def two_levels(
+    primary: torch.Tensor,
+    primary_noise: torch.Tensor | None,
+    inner: torch.Tensor,
+    inner_noise: torch.Tensor | None,
+    groups: int,
+    experts: int,
+) -> Gates:
+    """Hierarchical gating (appendix B): `groups` of G by primary logits [T, G], `experts` of each by inner [T, E].
+
+    A weight is the product of the two gates. `load` is [1, E], summed over the tokens already: the primary gate's load
+    of a group times the share of that group's tokens that an expert is likely to get.
+    """
+    tokens, count = primary.shape
+    first = noisy_top_k(primary, primary_noise, groups)
+    inside = inner.view(tokens, count, -1)
+    noise = None if inner_noise is None else inner_noise.view_as(inside)
+    second = noisy_top_k(inside, noise, experts)  # of every group; the chosen ones are picked below
+    rows = first.experts[..., None].expand(-1, -1, experts)  # [T, groups, experts]
+    weights = first.weights[..., None] * second.weights.gather(1, rows)
+    numbers = second.experts.gather(1, rows) + first.experts[..., None] * inside.shape[-1]
+    dense = first.dense[..., None] * second.dense
+    asked = (first.dense > 0).to(inner.dtype)  # the tokens X^(i) of each group
+    share = torch.einsum("tg,tge->ge", asked, second.load) / asked.sum(0).clamp_min(1)[:, None]
+    load = first.load.sum(0)[:, None] * share
+    return Gates(weights.flatten(1), numbers.flatten(1), dense.flatten(1), load.reshape(1, -1))
+
+
 def importance_loss(gates: Gates) -> torch.Tensor:
     """CV(sum over tokens of G)^2: experts should matter alike."""
     return cv_squared(gates.dense.sum(0))

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from ..errors import UsageError
-from .export import checkpoint_tensors
+from .export import checkpoint_tensors, plain_name
 from .model import Decoder, MoeFfn
 from .shape import Shape
 
-FAMILIES = ("llama", "mixtral", "mixture_of_depths")
+FAMILIES = ("llama", "mixtral", "mixture_of_depths", "moe_lstm")
 MOST = 30_000_000  # weights of the largest model that is trained here
 
 
@@ -31,6 +31,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     if config.get("num_local_experts"):
         given["num_experts"] = config["num_local_experts"]
         given.setdefault("moe_intermediate_size", config.get("intermediate_size", 0))
+    given["recurrent"] = model_type == "moe_lstm"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if "rope_theta" in rope:
         given["rope_theta"] = rope["rope_theta"]
@@ -74,12 +75,12 @@ def load_decoder(folder: Path) -> Decoder:
         for name, value in state.items():
             stem, _, last = name.rpartition(".mlp.")
             moe = f"model.{stem}.block_sparse_moe"
-            if last == "noise":
+            if last in ("noise", "group_noise") or name.endswith("lstm.bias_hh_l0"):
                 continue
-            if last == "gate":
-                value.copy_(tensors[f"{moe}.gate.weight"])
+            if last in ("gate", "group_gate"):
+                value.copy_(tensors[f"{moe}.{last}.weight"])
             elif last in ("w1", "w2", "w3"):
                 value.copy_(torch.stack([tensors[f"{moe}.experts.{e}.{last}.weight"] for e in range(len(value))]))
             else:
-                value.copy_(tensors[f"model.{name}"])
+                value.copy_(tensors[f"model.{plain_name(name)}"])
     return model

@@ -1,4 +1,4 @@
-"""The small decoders we train: llama-shaped blocks, with experts or skipped tokens where the recipe says so.
+"""The small decoders we train: llama-shaped blocks, with experts or skipped tokens where the recipe says so, or LSTMs.
 
 Plain torch modules. RoPE's angles are the runtime's own, and the parameters carry the names of a Hugging Face
 checkpoint, so that what is saved is what the runtime reads.
@@ -7,7 +7,6 @@ checkpoint, so that what is saved is what the runtime reads.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +15,12 @@ from torch import nn
 from ..config import RopeConfig
 from ..kernels.activations import ACTIVATIONS
 from ..layers.rope import Rope
-from . import depth, gating
+from . import depth
+from .common import Aux as Aux
+from .common import RMSNorm
+from .experts import MoeFfn as MoeFfn
+from .recurrent import LstmBlock
 from .shape import Shape
-
-
-@dataclass
-class Aux:
-    """What a forward pass leaves beside its logits, a list entry a layer."""
-
-    importance: list[torch.Tensor] = field(default_factory=list)
-    load: list[torch.Tensor] = field(default_factory=list)
-    chosen: list[torch.Tensor] = field(default_factory=list)  # float32 [E + noop]: how often each expert was chosen
-    router_loss: list[torch.Tensor] = field(default_factory=list)
-    predictor_loss: list[torch.Tensor] = field(default_factory=list)
-    router_agreement: list[torch.Tensor] = field(default_factory=list)
-    predictor_agreement: list[torch.Tensor] = field(default_factory=list)
-    computed: list[torch.Tensor] = field(default_factory=list)  # share of the tokens a MoD block computed
-    magnitude: list[torch.Tensor] = field(default_factory=list)  # L1 of an FFN's act(gate) * up over its own scale
-    active: list[torch.Tensor] = field(default_factory=list)  # share of its neurons that are not zero
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape.hidden_size))
-        self.eps = shape.rms_norm_eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -99,44 +76,6 @@ class Ffn(nn.Module):
             aux.magnitude.append(size / spread)
             aux.active.append(h.detach().count_nonzero() / h.numel())
         return self.down_proj(h)
-
-
-class MoeFfn(nn.Module):
-    """The sparsely-gated layer (1701.06538); choices past `num_experts` are no-ops and add nothing (2404.02258)."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.shape = shape
-        experts, width, inner = shape.num_experts, shape.hidden_size, shape.moe_intermediate_size
-        choices = experts + shape.num_noop_experts
-        self.gate = nn.Parameter(torch.zeros(choices, width))  # W_g and W_n start at zero: equal and noisy
-        self.noise = nn.Parameter(torch.zeros(choices, width))
-        self.w1 = nn.Parameter(torch.empty(experts, inner, width))
-        self.w3 = nn.Parameter(torch.empty(experts, inner, width))
-        self.w2 = nn.Parameter(torch.empty(experts, width, inner))
-        self.act = ACTIVATIONS[shape.hidden_act]
-        self.noisy = True  # the gate draws noise while training; a checkpoint does not keep how much
-
-    def forward(self, x: torch.Tensor, aux: Aux) -> torch.Tensor:
-        shape, flat = self.shape, x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):  # the gate is decided in float32
-            wide = flat.float()
-            noise = F.linear(wide, self.noise) if self.training and self.noisy else None
-            gates = gating.noisy_top_k(F.linear(wide, self.gate), noise, shape.num_experts_per_tok)
-        aux.importance.append(gating.importance_loss(gates))
-        aux.load.append(gating.load_loss(gates))
-        aux.chosen.append((gates.dense > 0).float().sum(0).detach())
-        order = gates.experts.flatten().argsort(stable=True)  # by expert, tokens in order
-        counts = torch.bincount(gates.experts.flatten(), minlength=self.gate.shape[0]).tolist()
-        token = order // shape.num_experts_per_tok
-        outs = []
-        sorted_x = flat[token].split(counts)
-        for e in range(shape.num_experts):
-            part = sorted_x[e]
-            outs.append(F.linear(self.act(F.linear(part, self.w1[e])) * F.linear(part, self.w3[e]), self.w2[e]))
-        real = sum(counts[: shape.num_experts])
-        scaled = torch.cat(outs) * gates.weights.flatten()[order[:real], None]
-        return torch.zeros_like(scaled[:1]).expand_as(flat).index_add(0, token[:real], scaled).view_as(x)
 
 
 class Block(nn.Module):
@@ -222,7 +161,8 @@ class Decoder(nn.Module):
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(
-            DepthBlock(shape) if shape.skips(i) else Block(shape) for i in range(shape.num_hidden_layers)
+            LstmBlock(shape, i) if shape.recurrent else DepthBlock(shape) if shape.skips(i) else Block(shape)
+            for i in range(shape.num_hidden_layers)
         )
         self.norm = RMSNorm(shape)
         self.rope = Rope(RopeConfig(theta=shape.rope_theta), shape.head_dim)
@@ -232,16 +172,19 @@ class Decoder(nn.Module):
         """Normal weights; those that write to the residual smaller by the square root of how many there are."""
         deep = 1 / math.sqrt(2 * self.shape.num_hidden_layers)
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2 or name.endswith(("mlp.gate", "mlp.noise")):
+            if parameter.dim() < 2 or name.endswith(("gate", "noise")):
                 continue
             writes = name.endswith(("o_proj.weight", "down_proj.weight", "mlp.w2"))
             std = 0.02 if "embed_tokens" in name else 1 / math.sqrt(parameter.shape[-1])
             nn.init.normal_(parameter, std=0.5 * std * (deep if writes else 1) if "embed_tokens" not in name else std)
 
-    def forward(self, ids: torch.Tensor, *, causal: bool = False) -> tuple[torch.Tensor, Aux]:
+    def forward(
+        self, ids: torch.Tensor, *, causal: bool = False, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Aux]:
         """Token ids [B, T] -> (logits [B, T, vocab_size], Aux).
 
-        `causal`: MoD blocks decide token by token, as at decoding, rather than by rank within the sequence.
+        `keep` bool [B, T]: logits [N, vocab_size] of those positions alone, in order. `causal`: MoD blocks decide token
+        by token, as at decoding, rather than by rank within the sequence.
         """
         aux, tokens = Aux(), ids.shape[1]
         cos, sin = (t[None, None] for t in self.rope.cos_sin(torch.arange(tokens), tokens))
@@ -249,7 +192,9 @@ class Decoder(nn.Module):
         for block in self.layers:
             if isinstance(block, DepthBlock):
                 x = block(x, cos, sin, causal, aux)
+            elif isinstance(block, LstmBlock):
+                x = x + block.update(x, aux)
             else:
                 assert isinstance(block, Block)
                 x = x + block.update(x, cos, sin, None, aux)
-        return F.linear(self.norm(x), self.embed_tokens.weight), aux
+        return F.linear(self.norm(x if keep is None else x[keep]), self.embed_tokens.weight), aux

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .model import Aux, Decoder
 from .recipes import Recipe
 
+IGNORED = -100  # a target that no loss is taken of
 FREE, FULL = 0.1, 0.7  # shares of the steps before the L1 sets in, and when its goal is the recipe's
 
 
@@ -49,12 +50,13 @@ def total_loss(
 ) -> tuple[torch.Tensor, dict[str, float], Aux]:
     """Token ids [B, T + 1] -> (the loss to descend, figures of the step, what the layers left).
 
-    `targets` [B, T] stand for the next tokens where not all of them count; -100 is left out.
+    `targets` [B, T] stand for the next tokens where not all of them count; IGNORED is left out.
     """
-    with torch.autocast(batch.device.type, torch.bfloat16):
-        logits, aux = model(batch[:, :-1])
-        wanted = batch[:, 1:] if targets is None else targets
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+        keep = None if targets is None else targets != IGNORED
+        logits, aux = model(batch[:, :-1], keep=keep)
+        wanted = batch[:, 1:].flatten() if targets is None or keep is None else targets[keep]
+        nats = F.cross_entropy(logits.flatten(0, -2).float(), wanted)
     loss, figures = nats, {"loss": nats.item()}
     if aux.magnitude:
         figures["sparsity"] = 1 - mean(aux.active).item()

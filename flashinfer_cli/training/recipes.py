@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from ..errors import UsageError, nearest
 from .shape import Shape
@@ -26,6 +27,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     seed: int = 1
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the products of matrices; weights are float32
 
     sparsity: float = 0.0  # share of FFN neurons to silence with a progressive L1; 0: none
     importance_weight: float = 0.1  # 1701.06538's w, for both of its losses
@@ -44,6 +46,18 @@ class Recipe:
     def steps(self) -> int:
         return max(1, round(self.tokens / (self.batch * self.sequence)))
 
+
+_LSTM = Shape(
+    hidden_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    hidden_act="relu",
+    num_experts=64,
+    num_experts_per_tok=4,
+    moe_intermediate_size=56,
+    recurrent=True,
+)
 
 _ROWS = (
     Recipe(
@@ -84,6 +98,24 @@ _ROWS = (
         "two small dense blocks, to draft for the others",
         Shape(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4),
         tokens=10_000_000,
+    ),
+    Recipe(
+        "stories-moe-lstm",
+        "64 experts between two LSTMs, of which a token uses 4",
+        _LSTM,
+        tokens=6_000_000,
+        batch=16,
+        sequence=128,
+        dtype="float32",
+    ),
+    Recipe(
+        "stories-moe-lstm-2",
+        "experts between two LSTMs, two levels of gating: 2 of 8 groups, 2 of 8 experts in each",
+        replace(_LSTM, num_expert_groups=8, gate_groups_per_tok=2),
+        tokens=6_000_000,
+        batch=16,
+        sequence=128,
+        dtype="float32",
     ),
 )
 RECIPES: Mapping[str, Recipe] = MappingProxyType({row.name: row for row in _ROWS})

@@ -28,6 +28,10 @@ class Shape:
     moe_intermediate_size: int = 0
     num_noop_experts: int = 0  # integrated MoDE: choices of the router that compute nothing
 
+    num_expert_groups: int = 0  # two levels of gating: groups of experts; 0: one level
+    gate_groups_per_tok: int = 0  # of which a token uses so many, and as many experts of each
+    recurrent: bool = False  # LSTMs rather than attention, experts act(up) between them (1701.06538)
+
     mod_capacity: float = 0.0  # share of the tokens a MoD block computes; 0: every block computes all
     mod_interval: int = 2  # every how many blocks one is a MoD block, the second first
     mod_decoding: Literal["router", "predictor"] = "router"  # who decides where there is no whole sequence to rank
@@ -38,12 +42,39 @@ class Shape:
             raise UsageError("The heads must divide the hidden size, and the key/value heads the heads.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts + self.num_noop_experts:
             raise UsageError(f"{self.num_experts_per_tok} experts a token of {self.num_experts} cannot be.")
+        groups, few = self.num_expert_groups, self.gate_groups_per_tok
+        if groups and (
+            self.num_experts % groups
+            or not 1 <= few <= groups
+            or self.num_experts_per_tok % few
+            or self.num_experts_per_tok // few > self.num_experts // groups
+            or self.num_noop_experts
+        ):
+            raise UsageError(
+                f"{self.num_experts_per_tok} of {self.num_experts} experts in {few} of {groups} groups cannot be.",
+                "Groups divide the experts, and the groups a token uses the experts it uses.",
+            )
+        if groups and not self.recurrent:
+            raise UsageError("Groups of experts are for recurrent models.", "Leave them out, or take stories-moe-lstm.")
+        if self.recurrent and (
+            self.mod_capacity
+            or not self.num_experts
+            or self.num_noop_experts
+            or self.num_attention_heads != 1
+            or self.num_hidden_layers < 2
+        ):
+            raise UsageError("A recurrent model has two or more LSTMs with experts between them, and no heads.")
         if not 0 <= self.mod_capacity <= 1:
             raise UsageError(f"A capacity of {self.mod_capacity} is no share of the tokens.", "Write 0.125 for 12.5%.")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """act(gate) * up, or act(up) alone."""
+        return not self.recurrent
 
     @property
     def is_depth_model(self) -> bool:
@@ -55,11 +86,11 @@ class Shape:
         return self.mod_capacity > 0 and (layer + 1) % self.mod_interval == 0
 
     def to_config(self, eos: int) -> dict[str, Any]:
-        """The config.json of a Hugging Face folder: llama, mixtral, or mixture_of_depths."""
+        """The config.json of a Hugging Face folder: llama, mixtral, mixture_of_depths or moe_lstm."""
         common = {
             key: value
             for key, value in asdict(self).items()
-            if not key.startswith(("mod_", "num_experts", "num_noop", "moe_"))
+            if not key.startswith(("mod_", "num_exp", "num_noop", "gate_groups", "moe_", "recurrent"))
         }
         config = common | {
             "head_dim": self.head_dim,
@@ -69,7 +100,12 @@ class Shape:
             "dtype": "bfloat16",
         }
         moe = {"num_local_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok}
-        if self.is_depth_model:
+        if self.recurrent:
+            config |= moe | {"model_type": "moe_lstm", "architectures": ["MoeLstmForCausalLM"]}
+            config |= {"intermediate_size": self.moe_intermediate_size}
+            if self.num_expert_groups:
+                config |= {"num_expert_groups": self.num_expert_groups, "gate_groups_per_tok": self.gate_groups_per_tok}
+        elif self.is_depth_model:
             config |= {"model_type": "mixture_of_depths", "architectures": ["MixtureOfDepthsForCausalLM"]}
             config |= {key: value for key, value in asdict(self).items() if key.startswith("mod_")}
             if self.num_experts:

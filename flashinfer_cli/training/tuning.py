@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from .data import Batches
-from .dialogue import IGNORED, Dialogues, Example
+from .dialogue import Dialogues, Example
 from .loop import Corpus, Training
 from .model import Decoder, MoeFfn
-from .objective import total_loss
+from .objective import IGNORED, total_loss
 from .recipes import Recipe
 
-FROZEN = {"none": (), "router": ("mlp.gate", "mlp.noise"), "experts": ("mlp.w1", "mlp.w2", "mlp.w3")}
+FROZEN = {"none": (), "router": ("gate", "noise"), "experts": ("mlp.w1", "mlp.w2", "mlp.w3")}
 LOOKED_AT = 32  # held-out rows of a look on the way
 
 
@@ -35,6 +35,8 @@ class Tuning(Training):
     ) -> None:
         self.dialogues, self.held_out = dialogues, held_out[:LOOKED_AT]
         for name, parameter in start.named_parameters():
+            if name.endswith("lstm.bias_hh_l0"):
+                continue  # one bias is enough, and a checkpoint has no more
             parameter.requires_grad_(not name.endswith(FROZEN[freeze]) if FROZEN[freeze] else True)
         for block in start.modules():
             if isinstance(block, MoeFfn):
