@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from . import device as devices
-from .bundles.ahead import read_ahead
 from .bundles.format import RecordLayout
 from .cache.kv import KVCache
 from .cache.slices import Feed
@@ -26,6 +25,7 @@ from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageEr
 from .kernels import select
 from .kernels.warm import ensure_compiled, is_compiled
 from .layers.linear import Runtime
+from .models.ahead import read_ahead
 from .models.build import Builder
 from .models.layout import ModelLayout, lay_out, sizes_of
 from .models.open import OpenModel, open_model

@@ -13,9 +13,9 @@ from test_experts_lossless import logits_of, slots
 import flashinfer_cli as fc
 from flashinfer_cli import zoo
 from flashinfer_cli.apps.ahead import Ahead, _ridge, calibrate_ahead
-from flashinfer_cli.bundles.ahead import AHEAD_FILE, read_ahead
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BundleError, UsageError
+from flashinfer_cli.models.ahead import AHEAD_FILE, read_ahead
 
 
 @pytest.fixture(scope="module")

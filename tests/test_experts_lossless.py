@@ -126,7 +126,8 @@ def test_a_bundle(folder: Path, resident: torch.Tensor, tmp_path: Path, monkeypa
 def test_no_bias_is_no_change_and_some_is_labelled(
     folder: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots(monkeypatch, 7, 3)  # more than a token asks for over all layers, or the least recent would never be asked again
+    # more than a token asks for over all layers, or the least recent would never be asked for again
+    slots(monkeypatch, 7, 3)
     with fc.load(folder, context=60, prefill_chunk=4, cache_bias=0.0, keep_top=1, expert_policy="lru") as engine:
         assert torch.equal(logits_of(engine), resident) and engine.report().exactness == "exact"
         plain = engine.experts.policy.hits() / (engine.experts.policy.hits() + engine.experts.policy.misses())

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..bundles.ahead import Pair, Recall, write_ahead
 from ..bundles.publish import writer_lock
 from ..cache.kv import KVCache
 from ..config import RunConfig
 from ..engine import Engine
 from ..errors import UsageError
 from ..layers.moe import MoeFfn, rescale, route
+from ..models.ahead import Pair, Recall, write_ahead
 from ..models.build import LOOKAHEADS
 from ..models.open import OpenModel, open_model
 from .calibrate import HELD_SHARE, LEAST_TOKENS, SEQUENCE, watched

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..bundles.ahead import Maps
 from ..cache.experts import ExpertCache
 from ..cache.neurons import NeuronCache, NeuronFile, Pinned
 from ..cache.policy import expert_policy
@@ -29,6 +28,7 @@ from ..layers.norm import Norm
 from ..layers.recurrent import Lstm
 from ..layers.rope import Rope
 from ..plan import MemoryPlan
+from .ahead import Maps
 from .decoder import Block, Decoder, default_scale
 from .layout import LayerLayout, MatrixLayout, ModelLayout
 

@@ -152,7 +152,8 @@ def parse_rope(family: Family, config: Mapping[str, Any], head_dim: int) -> tupl
     scaling, nested = _object(config, "rope_scaling"), _object(config, "rope_parameters")
     theta = number(config, "rope_theta", "config", family.defaults.get("rope_theta", 10_000.0))
     if not family.local_rope:
-        params = scaling or nested or _object(family.defaults, "rope_parameters")
+        said = "rope_scaling" in config or config.get("rope_parameters") is not None
+        params = scaling or nested or ({} if said else _object(family.defaults, "rope_parameters"))
         params = _object(params, FULL) or params
         return _read(family, config, params, number(params, "rope_theta", "config", theta), head_dim), None
 

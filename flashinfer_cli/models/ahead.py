@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..bundles.sparsity import manifest_digest
 from ..errors import BundleError
-from .sparsity import manifest_digest
 
 AHEAD_FILE = "ahead.safetensors"
 Pair = tuple[int, int]  # layer of the hidden state, layer that is guessed
