@@ -188,6 +188,7 @@ def _layers(
 def _watched(block: Block, inputs: torch.Tensor) -> Block:
     """The block, with what goes into its FFN noted down in the rows of `inputs` [N, d], one after the other."""
     ffn, place = block.ffn, 0
+    assert ffn is not None
 
     def noting(x: torch.Tensor, rt: Any) -> torch.Tensor:
         nonlocal place

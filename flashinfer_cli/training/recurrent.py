@@ -21,9 +21,11 @@ class LstmBlock(nn.Module):
         self.input_layernorm = RMSNorm(shape)
         self.lstm = nn.LSTM(shape.hidden_size, shape.hidden_size, batch_first=True)
         with torch.no_grad():  # one bias, its forget gate open
-            self.lstm.bias_ih_l0.zero_()
-            self.lstm.bias_ih_l0[shape.hidden_size : 2 * shape.hidden_size] = 1.0
-            self.lstm.bias_hh_l0.zero_().requires_grad_(False)
+            given, other = (self.lstm.get_parameter(name) for name in ("bias_ih_l0", "bias_hh_l0"))
+            given.zero_()
+            given[shape.hidden_size : 2 * shape.hidden_size] = 1.0
+            other.zero_()
+            other.requires_grad_(False)
         self.has_experts = layer + 1 < shape.num_hidden_layers
         if self.has_experts:
             self.post_attention_layernorm = RMSNorm(shape)
