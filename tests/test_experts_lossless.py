@@ -14,6 +14,7 @@ import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
 from flashinfer_cli.config import EXPERT_POLICIES, RunConfig
 from flashinfer_cli.engine import Engine
+from flashinfer_cli.models.open import open_model
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss")
 CASES = [(family, index) for family in FAMILIES for index in range(len(tiny_config_dicts()[family]))]
@@ -126,8 +127,10 @@ def test_a_bundle(folder: Path, resident: torch.Tensor, tmp_path: Path, monkeypa
 def test_no_bias_is_no_change_and_some_is_labelled(
     folder: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # more than a token asks for over all layers, or the least recent would never be asked for again
-    slots(monkeypatch, 7, 3)
+    config = open_model(folder).config
+    layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+    # one more than a token asks for over all layers: with fewer the least recent would never be asked for again
+    slots(monkeypatch, layers * config.moe.num_experts_per_tok + 1, 3)
     with fc.load(folder, context=60, prefill_chunk=4, cache_bias=0.0, keep_top=1, expert_policy="lru") as engine:
         assert torch.equal(logits_of(engine), resident) and engine.report().exactness == "exact"
         plain = engine.experts.policy.hits() / (engine.experts.policy.hits() + engine.experts.policy.misses())

@@ -28,7 +28,7 @@ SIZES = {
 }  # fmt: skip
 
 NO_GGUF = ("opt", "deepseek_v2", "gpt_oss")  # their names there are not known to us
-OURS = {"mixture_of_depths"}  # transformers has none: tests/test_mixture_of_depths.py
+OURS = {"mixture_of_depths", "moe_lstm"}  # transformers has none: tests/test_mixture_of_depths.py, test_recurrent.py
 
 
 def _info(name: str, *shape: int, fmt: str = "F32") -> TensorInfo:
