@@ -23,7 +23,7 @@ from flashinfer_cli.models.open import open_model
 
 from . import cgroup, machine
 from .gguf_files import write
-from .peers import DEFAULT_READAHEAD, checkpoint, run, weight_bytes
+from .peers import DEFAULT_READAHEAD, MOST, checkpoint, run, weight_bytes
 
 
 def multiply_rate(tokens: int, rows: int, cols: int, threads: int) -> float:
@@ -61,7 +61,7 @@ def measure(
             before = machine.drive_rate(sample), multiply_rate(tokens, ff, d, threads)
             row = {"model": name, "cap": cap, "share": share, "system": system, "prompt": tokens}
             try:
-                got = run(system, sys.executable if system == "ours" else python, file, cap, 2, tokens, kb)
+                got = run(system, sys.executable if system == "ours" else python, file, cap, 2, tokens, kb, MOST)
             except cgroup.CappedError as error:
                 rows.append(row | {"error": str(error)})
                 print(f"  {system:10} {error}", flush=True)
