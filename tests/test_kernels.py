@@ -20,7 +20,7 @@ from flashinfer_cli import kernels as package
 from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
 from flashinfer_cli.kernels import Kernels, select
 from flashinfer_cli.kernels.activations import ACTIVATIONS
-from flashinfer_cli.kernels.jobs import ACTS, BLOCK_COLS, BLOCK_TOKENS, BLOCKS, DIRECT_BLOCKS
+from flashinfer_cli.kernels.jobs import ACTS, BLOCK_COLS, BLOCK_TOKENS, BLOCKS, BRIEF, DIRECT_BLOCKS, LONG
 from flashinfer_cli.kernels.listed import Listed
 
 SCALES = {  # byte offsets of the float16 fields of a block
@@ -432,6 +432,18 @@ def test_code_that_others_could_have_put_there_is_not_used(tmp_path: Path, monke
     (folder / warm._OBJECT).write_bytes(b"")
     folder.chmod(0o777)
     assert warm.cache_dir().parent == ours
+
+
+def test_workers_wait_as_long_as_they_are_told_also_when_there_are_others() -> None:
+    chosen, _ = select("cpu", "compiled", threads=2)
+    pool = chosen._pool  # type: ignore[attr-defined]
+    assert pool._shared.patience == BRIEF
+    chosen.keep_cores(True)
+    chosen.set_threads(3)  # type: ignore[attr-defined]
+    assert pool._shared.patience == LONG
+    chosen.keep_cores(False)
+    assert pool._shared.patience == BRIEF
+    chosen.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
