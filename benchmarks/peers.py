@@ -3,7 +3,8 @@
 Every system decodes the same random tokens with the same weights, alone, in a fresh memory cgroup of a share of the
 weights' size, its files cold; memory-mapped peers run at Linux's own readahead (128 KB) and at this machine's, and the
 better one counts (we read past the page cache, where readahead has no say). The bound is the larger of two times: bytes
-that cannot stay under the cap over the drive's rate, and all weights over the memory's rate. Its rate is taken
+that cannot stay under the cap over the drive's rate, and the weights that a token needs over the memory's rate; of a
+mixture of experts, where what must be read hangs on what is asked for, bytes that were read. The drive's rate is taken
 before and after each run, as others use it too.
 
     python -m benchmarks.peers --folder DIR [--models qwen-1.5b llama-3g] [--caps 0.5 0.25] [--systems ours llama.cpp]
@@ -18,12 +19,15 @@ interpreter that has llama-cpp-python (or transformers and accelerate).
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from gguf import GGMLQuantizationType as Kind
+from safetensors import safe_open
 
 from . import cgroup, machine, synthetic
 from .gguf_files import write
@@ -36,6 +40,22 @@ MOST = 0.96  # of the cap: what our budget may take, the rest being page cache a
 def weight_bytes(path: Path) -> int:
     files = [path] if path.is_file() else [*path.glob("*.safetensors")]
     return sum(file.stat().st_size for file in files)
+
+
+def touched_share(source: Path) -> float:
+    """Which share of a checkpoint's weights one token needs: all of them, but of experts as many as it chooses."""
+    config = json.loads((source / "config.json").read_text())
+    total = experts = 0
+    for file in source.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                size = math.prod(tensors.get_slice(name).get_shape())
+                total += size
+                experts += size if ".experts." in name else 0
+    if not experts:
+        return 1.0
+    chosen = config["num_experts_per_tok"] / (config.get("num_local_experts") or config["num_experts"])
+    return 1 - experts / total * (1 - chosen)
 
 
 def checkpoint(name: str, folder: Path) -> Path:
@@ -101,7 +121,7 @@ def compare(
     if "llama.cpp" in systems:
         files["llama.cpp"] = write(source, source.with_name(f"{name}-{kind}.gguf"), Kind[kind])
     threads = len(os.sched_getaffinity(0))
-    memory, rows = machine.memory_bandwidth(threads), []
+    memory, rows, touched = machine.memory_bandwidth(threads), [], touched_share(source)
     sample = next(iter(sorted(source.glob("*.safetensors"))))
     for share in caps:
         size = weight_bytes(files.get("llama.cpp", source))
@@ -136,8 +156,8 @@ def compare(
                 asked = got.get("per_token", {})
                 if asked.get("neuron_requests"):
                     row |= trace_bound(files[system], asked, rate)
-                bound = 1 / max(must / rate, size / memory)
-                own = 1 / max(got["bytes_per_token"] / rate, size / memory)
+                own = 1 / max(got["bytes_per_token"] / rate, touched * size / memory)
+                bound = 1 / max(must / rate, size / memory) if touched == 1 else own
                 rows.append(row | got | {"drive_bytes_s": rate, "bound_tok_s": bound})
                 print(
                     f"  {system:10} readahead {got['readahead_kb']:>5} KB  {got['tok_s']:6.2f} tok/s  "

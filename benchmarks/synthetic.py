@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from flashinfer_cli import zoo
 
-from . import synthetic_relu
+from . import synthetic_moe, synthetic_relu
 
 SHARD = 1 << 30  # bytes
 LLAMA: dict[str, Any] = {
@@ -47,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-MODELS |= synthetic_relu.MODELS
+MODELS |= synthetic_relu.MODELS | synthetic_moe.MODELS
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # the zoo's: its ids are the first few thousand of ours
 
 
@@ -97,9 +97,10 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
         if sum(t.nbytes for t in held.values()) > SHARD:
             flush()
 
-    if name in synthetic_relu.MODELS:
+    built = synthetic_relu if name in synthetic_relu.MODELS else synthetic_moe if name in synthetic_moe.MODELS else None
+    if built:
         torch.manual_seed(seed)
-        synthetic_relu.write(config, add)
+        built.write(config, add)
         for file in _TOKENIZER:
             shutil.copy(zoo.path_of("stories-relu") / file, out / file)
     else:
