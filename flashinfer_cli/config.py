@@ -214,7 +214,8 @@ class RunConfig:
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
     prefetch_neurons: bool = False  # read what the next layer's predictor says of this layer's input ahead of need
-    expert_policy: Literal["lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "lfu"  # which experts stay (an MoE)
+    # Which experts stay; auto: foresight where a bundle is calibrated for it, else lfu.
+    expert_policy: Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "auto"
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
     lookahead: int = 1  # layers ahead to guess the experts of
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
@@ -242,8 +243,8 @@ class RunConfig:
                 ) from None
         if isinstance(self.prefetch_experts, int) and self.prefetch_experts < 0:
             raise UsageError(f"--prefetch-experts is {self.prefetch_experts}; it must be 0 or more.")
-        if self.expert_policy not in (*EXPERT_POLICIES, "none"):
-            known = ", ".join((*EXPERT_POLICIES, "none"))
+        if self.expert_policy not in ("auto", *EXPERT_POLICIES, "none"):
+            known = ", ".join(("auto", *EXPERT_POLICIES, "none"))
             raise UsageError(f"--expert-policy is '{self.expert_policy}', which is not one of {known}.")
         if not 1 <= self.lookahead <= 2:
             raise UsageError(f"--lookahead is {self.lookahead}; it must be 1 or 2 layers.")
@@ -262,7 +263,8 @@ class RunConfig:
 
 
 NEURON_POLICIES = ("recent", "window", "frequent")
-EXPERT_POLICIES = ("lfu", "stale", "lru", "lru-layer", "pinned")
+PLAIN_POLICIES = ("lfu", "stale", "lru", "lru-layer", "pinned")  # those that no calibration need precede
+EXPERT_POLICIES = (*PLAIN_POLICIES, "foresight")
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet

@@ -265,7 +265,7 @@ class Engine:
         if cache is None:
             return None
         return {
-            "policy": self.run.expert_policy, "slots": cache.policy.capacity, "experts": cache.policy.total,
+            "policy": cache.policy.name, "slots": cache.policy.capacity, "experts": cache.policy.total,
             "transit": cache.slots - cache.policy.capacity, "slot_bytes": cache.slot_bytes,
             "prefetch": cache.guessing.verdict(), "lookahead": cache.lookahead, "cache_bias": self.run.cache_bias,
             "degrade": self.run.degrade,

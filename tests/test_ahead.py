@@ -12,7 +12,10 @@ from test_experts_lossless import logits_of, slots
 
 import flashinfer_cli as fc
 from flashinfer_cli import zoo
-from flashinfer_cli.apps.ahead import Ahead, _ridge, calibrate_ahead
+from flashinfer_cli.apps.ahead import DISCOUNT, Ahead, _ridge, calibrate_ahead, discounted
+from flashinfer_cli.apps.recording import recording
+from flashinfer_cli.apps.replay import as_it_ran, replay
+from flashinfer_cli.cache.trace import read_trace
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BundleError, UsageError
 from flashinfer_cli.models.ahead import AHEAD_FILE, read_ahead
@@ -56,10 +59,64 @@ def test_a_run_goes_by_them_and_says_the_same(
             seen.append(logits_of(engine, 24))
             ahead = [one for block in engine.decoder.blocks for one in block.ffn.ahead]
             ahead += engine.decoder.first_guess.ahead
-            probes = {id(weight) for weight, _ in engine.probes.values()}
+            probes = {id(weight) for (source, layer), (weight, _) in engine.probes.items() if source != layer}
             assert sum(id(one.router) in probes for one in ahead) == len(probes)
             assert (len(probes) > 0) == (bundle == out)
     assert torch.equal(*seen)
+
+
+def test_uses_to_come_are_discounted_within_a_sequence() -> None:
+    uses = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    last = torch.tensor([False, False, True, True])
+    assert discounted(uses, last).tolist() == [[0, pytest.approx(1 + DISCOUNT)], [0, 1], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("stay", [0, 9, 16, 40])
+def test_foresight_changes_no_text_and_replays_as_it_ran(
+    learned: tuple[Path, Ahead], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stay: int
+) -> None:
+    out, found = learned
+    assert [pair.layer for pair in found.pairs if pair.source == pair.layer and pair.better] == [0, 1, 2, 3]
+    slots(monkeypatch, stay, 3)
+    seen = []
+    for policy in ("auto", "lfu"):
+        with (
+            fc.load(out, context=80, prefill_chunk=4, expert_policy=policy) as engine,
+            recording(engine, tmp_path / policy),
+        ):
+            seen.append(logits_of(engine, 40))
+        trace = read_trace(tmp_path / policy)
+        assert as_it_ran(trace).counts == engine.experts.policy.counts
+        assert trace.about["policy"] == engine.report().expert_cache["policy"] == policy.replace("auto", "foresight")
+    assert torch.equal(*seen)
+    points = [replay(tmp_path / policy, shares=(0.25,))["points"] for policy in ("auto", "lfu")]
+    assert points[0] == points[1] and "foresight" in points[0][0]["policies"]
+
+
+def test_foresight_hits_more_often_than_what_looks_back(
+    learned: tuple[Path, Ahead], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots(monkeypatch, 16, 3)
+    with fc.load(learned[0], context=160, expert_policy="lru") as engine, recording(engine, tmp_path / "t"):
+        first, *rest = engine.tokenizer.encode(zoo.HELD_OUT.read_text(encoding="utf-8")[-600:])[:150]
+        session = engine.session()
+        session.prefill([first])
+        for token in rest:
+            session.step(token)
+    found = {
+        name: each["hit_ratio"]
+        for name, each in replay(tmp_path / "t", shares=(0.25,))["points"][0]["policies"].items()
+    }
+    assert found["foresight"] > max(ratio for name, ratio in found.items() if name != "foresight")
+
+
+def test_foresight_needs_calibration(learned: tuple[Path, Ahead], tmp_path: Path) -> None:
+    plain = shutil.copytree(learned[0], tmp_path / "plain")
+    (plain / AHEAD_FILE).unlink()
+    with pytest.raises(UsageError, match="foresight"):
+        fc.load(plain, expert_policy="foresight")
+    with fc.load(plain) as engine:
+        assert engine.report().expert_cache["policy"] == "lfu"
 
 
 def test_a_file_of_another_bundle_is_refused(learned: tuple[Path, Ahead], tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def test_pinned_layers_keep_all_they_read() -> None:
     assert policy.held(0).all() and policy.held(1).sum() == policy.held(2).sum() == 2
 
 
+def test_foresight_keeps_what_is_worth_most() -> None:
+    policy = expert_policy("foresight", {0: 4, 1: 4}, 4)
+    assert policy.name == "foresight"
+    for i in (0, 1):
+        ask(policy, 0, i)
+    policy.expect(0, np.array([9, -3, 5, 7]))
+    assert ask(policy, 0, 2) == ([2], [(0, 1)])  # 1 is worth least, though used last
+    policy.expect(0, np.array([1, 1, 1, 0]))
+    assert ask(policy, 0, 3) == ([3], [])  # what has just come is worth least itself
+    assert policy.held(0).tolist() == [True, False, True, False]
+    assert ask(policy, 0, 1) == ([1], [(0, 0)])  # among equals the longest unused
+
+
 def test_prefill_counts_apart() -> None:
     policy = Lru({0: 4}, 4)
     policy.demand(0, np.array([[0, 1], [1, 2]]), "prefill")

@@ -1,8 +1,9 @@
 """Teach a bundle of a mixture of experts to guess ahead: a linear probe from a hidden state to the routing of a layer
-to come, where that guesses better than the layer's own router does (2312.17238, speculative loading).
+to come, where that guesses better than the layer's own router does (2312.17238, speculative loading); and one from a
+layer's hidden state to the uses of its own experts by the tokens that follow, for the cache to keep what is worth it.
 
-All tokens pass through the model a layer at a time, as in `calibrate`. A probe is a ridge regression onto the router's
-logits, in closed form; on held-out tokens both guess as many experts as are chosen.
+All tokens pass through the model a layer at a time, as in `calibrate`. A probe is a ridge regression in closed form,
+onto the router's logits or onto discounted uses; on held-out tokens both guess as many experts as are chosen.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..models.open import OpenModel, open_model
 from .calibrate import HELD_SHARE, LEAST_TOKENS, SEQUENCE, watched
 
 RIDGE = 1e-3  # of the mean square of an input, added to every one of them
+DISCOUNT = 0.7  # of a use for every token that it is further off
 
 Progress = Callable[[int, int, str], None]
 Fitted = tuple[torch.Tensor, torch.Tensor]  # weight [E, d], bias [E]
@@ -93,6 +95,11 @@ def _layers(
                     found.append(recall)
                     if recall.better:
                         maps[source, index] = fitted
+                if not block.ffn.moe.gate_groups:  # logits of different groups say nothing of each other
+                    recall, fitted = _next(index, block.ffn, inputs)
+                    found.append(recall)
+                    if recall.better:
+                        maps[index, index] = fitted
                 seen[index] = inputs, norm_weight
             seen = {layer: kept for layer, kept in seen.items() if layer > index - max(LOOKAHEADS)}
     return found, maps
@@ -113,19 +120,50 @@ def _pair(
     weight, bias = _ridge(x[:-held], logits[:-held])
     scaled = x if now is None or then is None else x * rescale(now, then)
     chosen = route(logits[-held:], ffn.moe)[1]
-
-    def recall(guess: torch.Tensor) -> float:
-        guessed = guess.topk(ffn.moe.num_experts_per_tok, dim=-1).indices
-        right = (chosen[:, :, None] == guessed[:, None, :]).any(-1)
-        return float(right.float().mean())
-
     found = Recall(
         source, layer,
-        router=recall(F.linear(scaled[-held:], ffn.router, ffn.router_bias)),
-        probe=recall(F.linear(x[-held:], weight.half().float(), bias.half().float())),
+        router=_recall(F.linear(scaled[-held:], ffn.router, ffn.router_bias), chosen),
+        probe=_recall(F.linear(x[-held:], weight.half().float(), bias.half().float()), chosen),
         chance=ffn.moe.num_experts_per_tok / logits.shape[-1],
     )  # fmt: skip
     return found, (weight, bias)
+
+
+def _next(layer: int, ffn: MoeFfn, inputs: torch.Tensor) -> tuple[Recall, Fitted]:
+    """Fit and judge what foresees the uses of a layer's experts; `inputs` [N, d] went into its FFN."""
+    logits, count = F.linear(inputs, ffn.router, ffn.router_bias), ffn.moe.num_experts
+    chosen = route(logits, ffn.moe)[1]
+    uses = torch.zeros(len(chosen), logits.shape[-1]).scatter_(1, chosen, 1.0)[:, :count]
+    last = (torch.arange(len(inputs)) + 1) % SEQUENCE == 0
+    last[-1] = True
+    worth = discounted(uses, last)
+    held = int(HELD_SHARE * len(inputs))
+    weight, bias = _ridge(inputs[:-held][~last[:-held]], worth[:-held][~last[:-held]])
+    now = torch.arange(len(inputs) - held, len(inputs))[~last[-held:]]
+    found = Recall(
+        layer, layer,
+        router=_recall(logits[now, :count], chosen[now + 1]),
+        probe=_recall(F.linear(inputs[now], weight.half().float(), bias.half().float()), chosen[now + 1]),
+        chance=ffn.moe.num_experts_per_tok / logits.shape[-1],
+    )  # fmt: skip
+    return found, (weight, bias)
+
+
+def discounted(uses: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """uses [N, E] of tokens -> [N, E], the uses by those that follow each in its sequence, discounted; `last` bool [N]
+    says where a sequence ends."""
+    worth, coming = torch.empty_like(uses), torch.zeros_like(uses[0])
+    for token in range(len(uses) - 1, -1, -1):
+        coming = torch.zeros_like(coming) if last[token] else coming
+        worth[token] = coming
+        coming = uses[token] + DISCOUNT * coming
+    return worth
+
+
+def _recall(guess: torch.Tensor, chosen: torch.Tensor) -> float:
+    """Of the experts chosen, [N, k], the share among the k best of a guess [N, E]."""
+    guessed = guess.topk(chosen.shape[-1], dim=-1).indices
+    return float((chosen[:, :, None] == guessed[:, None, :]).any(-1).float().mean())
 
 
 def _ridge(x: torch.Tensor, y: torch.Tensor) -> Fitted:

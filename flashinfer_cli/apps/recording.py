@@ -35,7 +35,7 @@ def recording(engine: Engine, path: Path) -> Iterator[None]:
     about = {
         "model": engine.model.describe()["name"],
         "experts_per_token": engine.config.moe.num_experts_per_tok if engine.config.moe else 0,
-        "policy": engine.run.expert_policy,
+        "policy": cache.policy.name,
         "slots": cache.policy.capacity,
         "filled": engine.plan.everything_fits,
     }

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ..cache.policy import Belady, Lru, Policy, expert_policy
 from ..cache.trace import Demand, Trace, read_trace
 from ..cache.window import ByLayer, deal, policies_by_layer
-from ..config import EXPERT_POLICIES, NEURON_POLICIES, RunConfig
+from ..config import EXPERT_POLICIES, NEURON_POLICIES, PLAIN_POLICIES, RunConfig
 from ..errors import UsageError
 
 FINE = 16  # at most so many records a layer: every number of them; above, the shares below
@@ -44,6 +44,8 @@ def run_policy(policy: P, demands: Sequence[Demand], *, filled: bool = False) ->
         for layer, count in policy.records.items():
             policy.demand(layer, np.arange(count)[None], "load")
     for each in demands:
+        if each.worth is not None and isinstance(policy, Policy):
+            policy.expect(each.layer, each.worth)
         policy.demand(each.layer, each.chosen, each.phase)
     return policy
 
@@ -75,7 +77,14 @@ def replay(
     phase = "decode" if any(each.phase == "decode" for each in trace.demands) else "prefill"
     if not any(each.phase == phase for each in trace.demands):
         raise UsageError(f"'{file}' holds no demand.", "Record a longer run.")
-    policies = policies or (NEURON_POLICIES if trace.kind == "neurons" else EXPERT_POLICIES)
+    foreseen = any(each.worth is not None for each in trace.demands)
+    if "foresight" in policies and not foreseen:
+        raise UsageError(
+            f"'{file}' says nothing of what experts were thought to be worth.",
+            "Calibrate the bundle, and record again.",
+        )
+    known = EXPERT_POLICIES if foreseen else PLAIN_POLICIES
+    policies = policies or (NEURON_POLICIES if trace.kind == "neurons" else known)
     total = sum(trace.records.values())
     sizes = [max(1, round(total * share)) for share in shares] or _sizes(trace)
     points = []

@@ -23,8 +23,10 @@ from ..device import Device, allocate
 from ..report import Recorder
 from ..store.flash import FlashStore, Span, Ticket, span_of
 from .guesses import Guessing
-from .policy import Key, Policy
+from .policy import Foresight, Key, Policy
 from .trace import TraceWriter
+
+WORTH_STEPS = 256  # of one expected use
 
 
 @dataclass
@@ -77,6 +79,18 @@ class ExpertCache:
         self._named: dict[int, dict[int, list[int]]] = {}  # layer -> layers ahead -> experts guessed, best first
 
     # ---- demands
+    @property
+    def foresees(self) -> bool:
+        """Whether anybody cares what experts are thought to be worth."""
+        return self.trace is not None or isinstance(self.policy, Foresight)
+
+    def expect(self, layer: int, worth: torch.Tensor) -> None:
+        """Ahead of a demand: what each expert of the layer is thought to be worth from it on, [E]."""
+        whole = np.rint(worth.cpu().numpy() * WORTH_STEPS).astype(np.int64)  # whole numbers, as a trace keeps them
+        if self.trace is not None:
+            self.trace.expect(layer, whole.tolist())
+        self.policy.expect(layer, whole)
+
     def fetch(
         self, layer: int, chosen: np.ndarray, small: Sequence[int] = ()
     ) -> Iterator[tuple[int, list[torch.Tensor]]]:

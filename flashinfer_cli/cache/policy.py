@@ -53,6 +53,8 @@ class Policy:
     place. Subclasses say what a use changes (`_note`) and who goes first (`_rank`).
     """
 
+    name = ""  # as options spell it
+
     def __init__(self, records: Mapping[int, int], capacity: int, *, per_layer: bool = False) -> None:
         self.layers = sorted(records)
         self.records = {layer: records[layer] for layer in self.layers}
@@ -101,6 +103,9 @@ class Policy:
                 if owner != layer or key[1] not in fresh:
                     gone.append(key)
         return Outcome(present, missing, gone)
+
+    def expect(self, layer: int, worth: np.ndarray) -> None:
+        """What each id of a layer is thought to be worth from its next demand on, int [records]; who cares listens."""
 
     def _evict(self, layer: int) -> np.ndarray:
         if self.quota is None:
@@ -186,6 +191,21 @@ class Pinned(Lru):
         return parts
 
 
+class Foresight(Lru):
+    """What is least likely to be asked for soon goes first, as a map that calibration learned says of a token's hidden
+    state; the longest unused among equals. By layer: worths of different layers are not of the same moment."""
+
+    def __init__(self, records: Mapping[int, int], capacity: int) -> None:
+        super().__init__(records, capacity, per_layer=True)
+        self._worth = np.zeros(self.total, np.int64)
+
+    def expect(self, layer: int, worth: np.ndarray) -> None:
+        self._worth[self._base[layer] : self._base[layer] + self.records[layer]] = worth
+
+    def _rank(self, keys: np.ndarray, place: int) -> np.ndarray:
+        return (self._worth[keys] << 40) + self._last[keys]
+
+
 class Lfu(Policy):
     """Least frequently used goes first, a use counting half after HALF_LIFE tokens; among equals the one whose layer is
     furthest ahead."""
@@ -264,13 +284,14 @@ class Belady(Policy):
 
 def expert_policy(name: str, records: Mapping[int, int], capacity: int) -> Policy:
     """One of EXPERT_POLICIES by its name, or "none", which keeps nothing; UsageError for any other."""
-    if name == "none":
-        return Lru(records, 0)
-    if name == "lru-layer":
-        return Lru(records, capacity, per_layer=True)
-    kinds: dict[str, type[Lru] | type[Pinned] | type[Lfu] | type[LeastStale]] = {
-        "lru": Lru, "lfu": Lfu, "stale": LeastStale, "pinned": Pinned,
+    kinds: dict[str, type[Lru] | type[Pinned] | type[Foresight] | type[Lfu] | type[LeastStale]] = {
+        "lru": Lru, "lfu": Lfu, "stale": LeastStale, "pinned": Pinned, "foresight": Foresight,
     }  # fmt: skip
-    if name not in kinds:
+    if name in ("none", "lru-layer"):
+        policy: Policy = Lru(records, 0 if name == "none" else capacity, per_layer=name == "lru-layer")
+    elif name in kinds:
+        policy = kinds[name](records, capacity)
+    else:
         raise UsageError(f"'{name}' is not a policy for experts.", f"Policies are {', '.join(EXPERT_POLICIES)}.")
-    return kinds[name](records, capacity)
+    policy.name = name
+    return policy

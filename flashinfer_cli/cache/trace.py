@@ -3,7 +3,8 @@
 The first line is the header: what the records are (`kind` "experts" or "neurons"), how many each layer has and of how
 many bytes, and under what the trace was made. Every further line is one demand, in the order they came up: the phase,
 the layer, a list of ids a token (best first), and where guesses were made the ids guessed for it, best first, by how
-many layers ahead. A name that ends in .gz is compressed.
+many layers ahead; where calibration learned to foresee uses, what each id of the layer was thought to be worth from
+then on. A name that ends in .gz is compressed.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ Kind = Literal["experts", "neurons"]
 
 @dataclass(frozen=True)
 class Demand:
-    """One pass' demand of one layer. `chosen` int [T, k], -1 for none; `guesses` by layers ahead, int [m] each."""
+    """One pass' demand of one layer. `chosen` int [T, k], -1 for none; `guesses` by layers ahead, int [m] each; `worth`
+    int [records]."""
 
     phase: str
     layer: int
     chosen: np.ndarray
     guesses: Mapping[int, np.ndarray] = field(default_factory=dict)
+    worth: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class TraceWriter:
         self._out = out
         self.kind = kind
         self._guesses: dict[int, dict[str, list[int]]] = {}
+        self._worth: dict[int, list[int]] = {}
         header = {"format": FORMAT, "version": VERSION, "kind": kind, "records": dict(records)}
         self._line(header | {"record_bytes": dict(record_bytes), "about": about})
 
@@ -68,12 +72,16 @@ class TraceWriter:
         """The ids guessed for the next demand of a layer, best first, `ahead` layers before it."""
         self._guesses.setdefault(layer, {})[str(ahead)] = ids
 
+    def expect(self, layer: int, worth: list[int]) -> None:
+        """What each id is thought to be worth from the next demand of a layer on."""
+        self._worth[layer] = worth
+
     def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
         """A demand: chosen int [T, k], -1 for none."""
         line: dict[str, Any] = {"phase": phase, "layer": layer}
         line["ids"] = [[i for i in row if i >= 0] for row in chosen.tolist()]
-        guesses = self._guesses.pop(layer, None)
-        self._line(line | ({"guesses": guesses} if guesses else {}))
+        extra = {"guesses": self._guesses.pop(layer, None), "worth": self._worth.pop(layer, None)}
+        self._line(line | {name: value for name, value in extra.items() if value})
 
     def _line(self, value: Mapping[str, Any]) -> None:
         self._out.write(json.dumps(value, separators=(",", ":")) + "\n")
@@ -118,6 +126,8 @@ def read_trace(path: Path) -> Trace:
     for each in demands:
         if each.layer not in records or each.chosen.max(initial=-1) >= records[each.layer]:
             raise UsageError(f"'{path}' names a record of layer {each.layer} that its header does not know.", hint)
+        if each.worth is not None and each.worth.shape != (records[each.layer],):
+            raise UsageError(f"'{path}' gives worths of layer {each.layer} that are not one for each record.", hint)
     return trace
 
 
@@ -127,4 +137,5 @@ def _demand(line: Mapping[str, Any]) -> Demand:
     for row, ids in enumerate(line["ids"]):
         chosen[row, : len(ids)] = ids
     guesses = {int(ahead): np.asarray(ids, np.int64) for ahead, ids in line.get("guesses", {}).items()}
-    return Demand(str(line["phase"]), int(line["layer"]), chosen, guesses)
+    worth = np.asarray(line["worth"], np.int64) if "worth" in line else None
+    return Demand(str(line["phase"]), int(line["layer"]), chosen, guesses, worth)

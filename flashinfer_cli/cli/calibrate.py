@@ -116,8 +116,12 @@ def ahead_table(found: Ahead) -> Table:
         source = "embedding" if pair.source < 0 else str(pair.source)
         best = "probe" if pair.better else "router"
         cells = (f"{pair.router:.1%}", f"{pair.probe:.1%}", f"{pair.chance:.1%}", best)
-        rows.append((source, str(pair.layer), str(pair.layer - pair.source), *cells))
-    notes = ("Share of the chosen experts among as many guesses, on tokens held out. Guesses change the speed only.",)
+        distance = "next token" if pair.source == pair.layer else str(pair.layer - pair.source)
+        rows.append((source, str(pair.layer), distance, *cells))
+    notes = (
+        "Share of the chosen experts among as many guesses, on tokens held out. Guesses change the speed only; those "
+        "of the next token say which experts are worth keeping (--expert-policy foresight).",
+    )
     columns = ("from", "layer", "ahead", "router", "probe", "chance", "taken")
     return Table(f"Guesses of experts, learned from {found.tokens:,} tokens", columns, rows, notes)
 

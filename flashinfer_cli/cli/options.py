@@ -182,12 +182,12 @@ class RunOptions:
         ),
     ] = RunConfig.prefetch_neurons
     expert_policy: Annotated[
-        Literal["lfu", "stale", "lru", "lru-layer", "pinned", "none"],
+        Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"],
         typer.Option(
             "--expert-policy",
             rich_help_panel=MEMORY,
-            help="Which experts stay: the most used of late, the least stale, the latest used (of all, or of each "
-            "layer), those of the first layers, or none.",
+            help="Which experts stay: those foreseen to be used (calibrated bundles), the most used of late, the least "
+            "stale, the latest used (of all, or of each layer), those of the first layers, or none.",
         ),
     ] = RunConfig.expert_policy
     prefetch_experts: Annotated[

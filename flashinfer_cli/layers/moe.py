@@ -159,6 +159,7 @@ class MoeFfn:
     bias: CacheBias | None = None
     degrade: float = 0.0  # of a token's weights: what has less is served from its small copy where it is not here
     group_router: torch.Tensor | None = None  # float32 [G, d], of two levels of gating
+    worth: tuple[torch.Tensor, torch.Tensor] | None = None  # [E, d] and [E]: hidden state -> expected uses to come
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
@@ -178,6 +179,9 @@ class MoeFfn:
             small = self._light(asked, weights.cpu().numpy())
             asked = np.where(np.isin(asked, small), -1, asked)
             chosen = torch.where(torch.isin(chosen, chosen.new_tensor(small)), chosen + self.moe.num_experts, chosen)
+        if self.worth is not None and self.cache.foresees:
+            with rt.recorder.computing():
+                self.cache.expect(self.layer, F.linear(x[-1], *self.worth))
         arriving = self.cache.fetch(self.layer, asked, small)
         if self.cache.distances:
             with rt.recorder.computing():

@@ -1,7 +1,8 @@
-"""What calibration adds to a bundle of a mixture of experts: maps from one layer's hidden state to another's routing.
+"""What calibration adds to a bundle of a mixture of experts: maps from one layer's hidden state to routing to come.
 
     ahead.safetensors   S.L.weight [E, d] and S.L.bias [E], float16: from the input of layer S's FFN (-1: the embedding,
-                        normed as the first FFN's input is) to the logits of layer L's router
+                        normed as the first FFN's input is) to the logits of layer L's router; where S is L, to the
+                        uses of each expert of L by the tokens that follow, discounted by how far off they are
 
 Only maps that guess better than the router itself, applied as 2312.17238 does, are there. The header's metadata has the
 SHA-256 of the manifest that they were made for, and what was measured.
@@ -28,7 +29,8 @@ Maps = Mapping[Pair, tuple[torch.Tensor, torch.Tensor]]  # weight [E, d], bias [
 
 @dataclass(frozen=True)
 class Recall:
-    """Of one pair of layers, on held-out tokens: the share of the chosen experts among as many guesses."""
+    """Of one pair of layers, on held-out tokens: the share of the chosen experts among as many guesses. A layer with
+    itself stands for the next token's choice, which its own router guesses to be that of now."""
 
     source: int
     layer: int

@@ -10,7 +10,7 @@ import torch
 
 from ..cache.experts import ExpertCache
 from ..cache.neurons import NeuronCache, NeuronFile, Pinned
-from ..cache.policy import expert_policy
+from ..cache.policy import Policy, expert_policy
 from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
 from ..config import NEURON_BLOCK, MlaConfig, ModelConfig, RunConfig
@@ -192,6 +192,7 @@ class Builder:
                 bias=self.bias,
                 degrade=self.degrade if layer.small_layouts else 0.0,
                 group_router=self._get(index, "group_router"),
+                worth=self._worth(index),
             )
         if layer.records is not None:
             dense = RecordFfn(
@@ -247,6 +248,23 @@ class Builder:
             scale = rescale(norm, other) if norm is not None and plain else None
             found.append(Ahead(distance, layer, router, self._get(layer, "router.bias"), scale))
         return tuple(found)
+
+    def _worth(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What was learned to foresee the uses of a layer's experts."""
+        found = self.probes.get((layer, layer))
+        return None if found is None else (self.device.put(found[0]), self.device.put(found[1]))
+
+    def _expert_policy(self, name: str, records: Mapping[int, int]) -> Policy:
+        """Foresight needs maps that calibration learned for every layer; "auto" takes it where they are."""
+        missing = [layer for layer in records if (layer, layer) not in self.probes]
+        if name == "foresight" and missing:
+            raise UsageError(
+                "--expert-policy foresight goes by what calibration learned, and there is nothing for layer "
+                f"{missing[0]}.",
+                "Calibrate the bundle: genai-run calibrate BUNDLE; or leave the option out.",
+            )
+        chosen = ("lfu" if missing else "foresight") if name == "auto" else name
+        return expert_policy(chosen, records, self.plan.expert_slots)
 
     def _first_guess(self) -> FirstGuess | None:
         """Guesses from the embedding for the first layers that have experts."""
@@ -324,7 +342,7 @@ class Builder:
                 self.device,
                 rt.recorder,
                 {i: [*each, *layout.layers[i].small_extents] for i, each in extents.items()},
-                policy=expert_policy(run.expert_policy, {i: len(e) for i, e in extents.items()}, plan.expert_slots),
+                policy=self._expert_policy(run.expert_policy, {i: len(e) for i, e in extents.items()}),
                 transit=plan.transit_experts,
                 prefetch=run.prefetch_experts,
                 lookahead=run.lookahead,
