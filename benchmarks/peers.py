@@ -9,6 +9,7 @@ before and after each run, as others use it too.
 
     python -m benchmarks.peers --folder DIR [--models qwen-1.5b llama-3g] [--caps 0.5 0.25] [--systems ours llama.cpp]
                                [--kind BF16|Q8_0|Q4_0] [--peer-python PYTHON] [--repeat N] [--bundle CALIBRATED]
+                               [--options JSON]
 
 DIR keeps the checkpoints: synthetic ones are written there when first asked for, a real one is a Hugging Face folder
 DIR/NAME. With --bundle the peers run the model as it is and we its calibrated bundle, which reads the neurons that
@@ -80,13 +81,23 @@ def our_file(source: Path, kind: str) -> Path:
 
 
 def run(
-    system: str, python: str, model: Path, cap: int | None, tokens: int, prompt: int, kb: int | None, most: float
+    system: str,
+    python: str,
+    model: Path,
+    cap: int | None,
+    tokens: int,
+    prompt: int,
+    kb: int | None,
+    most: float,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One run of one system; without a cap it has all the memory there is."""
+    """One run of one system; without a cap it has all the memory there is. `options` are for ours alone."""
     command = [python, "-m", "benchmarks.run_one", system, str(model), "--tokens", str(tokens), "--prompt", str(prompt)]
     limit = cap or 1 << 40
     if system == "ours" and cap is not None:
         command += ["--memory", str(int(most * cap))]
+    if system == "ours" and options:
+        command += ["--options", json.dumps(options)]
     if system == "accelerate" and cap is not None:
         command += ["--memory", str(int(0.5 * cap))]  # it does not count its activations, nor what it reads in
     with cgroup.readahead(model, kb) as found:
@@ -114,6 +125,7 @@ def compare(
     repeat: int,
     bundle: Path | None = None,
     most: float = MOST,
+    options: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """All runs of one model, printed as they come."""
     source = checkpoint(name, folder)
@@ -146,6 +158,7 @@ def compare(
                         prompt,
                         kb,
                         most,
+                        options,
                     )
                 except cgroup.CappedError as error:
                     rows.append(row | {"error": str(error)})
@@ -192,6 +205,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8)
     parser.add_argument("--bundle", type=Path, help="what we run of the one model: a calibrated bundle, sparse")
     parser.add_argument("--budget", type=float, default=MOST, metavar="SHARE", help="our --memory, of the cap")
+    parser.add_argument("--options", type=json.loads, metavar="JSON", help='of our runs: {"cache_bias": 0.4}')
     parser.add_argument("--repeat", type=int, default=1, help="runs of each system, in turns")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -208,6 +222,7 @@ def main() -> None:
             given.repeat,
             given.bundle,
             given.budget,
+            given.options,
         )
     machine.emit("peers", rows)
 

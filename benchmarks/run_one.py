@@ -1,6 +1,6 @@
 """One system, one model, one process: decode given tokens and print what it cost, as JSON. `benchmarks.peers` calls it.
 
-python -m benchmarks.run_one SYSTEM MODEL [--tokens N] [--prompt N] [--memory BYTES]
+python -m benchmarks.run_one SYSTEM MODEL [--tokens N] [--prompt N] [--memory BYTES] [--options JSON]
 
 Tokens are random and the same for every system, since greedy text of random weights may loop, and a loop needs fewer
 weights than speech. The first decoded token is left out of the rate: it still warms caches. Bytes read are those the
@@ -50,10 +50,10 @@ def timed(
     }
 
 
-def ours(model: str, prompt: int, tokens: int, memory: int | None, threads: int) -> dict[str, Any]:
+def ours(model: str, prompt: int, tokens: int, memory: int | None, threads: int, **options: Any) -> dict[str, Any]:
     import flashinfer_cli as fc
 
-    with fc.load(model, memory=memory, context=prompt + tokens, threads=threads) as engine:
+    with fc.load(model, memory=memory, context=prompt + tokens, threads=threads, **options) as engine:
         session = engine.session()
         left = tokens
 
@@ -125,8 +125,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8)
     parser.add_argument("--memory", type=int)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--options", type=json.loads, default={}, help='of our run, as JSON: {"cache_bias": 0.4}')
     given = parser.parse_args()
-    found = SYSTEMS[given.system](given.model, given.prompt, given.tokens, given.memory, given.threads)
+    call = SYSTEMS[given.system]
+    found = call(given.model, given.prompt, given.tokens, given.memory, given.threads, **given.options)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -148,7 +148,7 @@ class Engine:
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
                 self.decoder = builder.build(run, predictors, self.neuron_wants, self.probes)
                 feed.progress = None
-                self.experts = builder.experts
+                self.experts = builder.experts.cache if builder.experts is not None else None
                 self.neurons = builder.neurons
                 self.store.tick()
             assert self.run.context is not None

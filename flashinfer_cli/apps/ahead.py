@@ -22,7 +22,7 @@ from ..engine import Engine
 from ..errors import UsageError
 from ..layers.moe import MoeFfn, rescale, route
 from ..models.ahead import Pair, Recall, write_ahead
-from ..models.build import LOOKAHEADS
+from ..models.build_experts import LOOKAHEADS
 from ..models.open import OpenModel, open_model
 from .calibrate import HELD_SHARE, LEAST_TOKENS, SEQUENCE, watched
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..cache.experts import ExpertCache
 from ..cache.neurons import NeuronCache, NeuronFile, Pinned
-from ..cache.policy import Policy, expert_policy
 from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
 from ..config import NEURON_BLOCK, MlaConfig, ModelConfig, RunConfig
 from ..device import Device
-from ..errors import CorruptCheckpointError, UsageError
+from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
 from ..layers.demand import Demand
 from ..layers.embedding import Embedding
@@ -23,16 +20,15 @@ from ..layers.ffn import DenseFfn, NextLayer, RecordFfn, SparseFfn
 from ..layers.latent import LatentAttention
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
-from ..layers.moe import Ahead, CacheBias, FirstGuess, MoeFfn, rescale
+from ..layers.moe import MoeFfn, rescale
 from ..layers.norm import Norm
 from ..layers.recurrent import Lstm
 from ..layers.rope import Rope
 from ..plan import MemoryPlan
 from .ahead import Maps
+from .build_experts import ExpertBuilder, has_experts
 from .decoder import Block, Decoder, default_scale
 from .layout import LayerLayout, MatrixLayout, ModelLayout
-
-LOOKAHEADS = (1, 2, 4)  # layers; what a run does not use is there for traces
 
 
 class Builder:
@@ -47,11 +43,8 @@ class Builder:
         self.rt = rt
         self.device: Device = rt.feed.device
         self.tensors = checkpoint.tensors
-        self.experts: ExpertCache | None = None
-        self.bias: CacheBias | None = None
-        self.degrade = 0.0
+        self.experts: ExpertBuilder | None = None
         self.predictors: Mapping[int, Demand] = {}
-        self.probes: Maps = {}  # of a calibrated bundle: in the place of routers that guess worse
         self.neurons: NeuronCache | Pinned | None = None
         self._ropes: dict[object, Rope] = {}
         self._always = self._read_always()
@@ -174,26 +167,9 @@ class Builder:
         if config.recurrent and not layer.expert_extents:
             return None
         if layer.expert_extents:
-            assert config.moe is not None and self.experts is not None
-            router = self._get(index, "router")
-            assert router is not None
+            assert self.experts is not None
             shared = self._dense(index, layer, "shared.") if "shared.up" in layer.matrices else None
-            return MoeFfn(
-                layer=index,
-                moe=config.moe,
-                router=router,
-                router_bias=self._get(index, "router.bias"),
-                cache=self.experts,
-                layouts=(*layer.expert_layouts, *layer.small_layouts),
-                act=config.hidden_act,
-                shared=shared,
-                shared_gate=self._get(index, "shared_gate"),
-                ahead=self._ahead(index, self._get(index, "ffn_norm")),
-                bias=self.bias,
-                degrade=self.degrade if layer.small_layouts else 0.0,
-                group_router=self._get(index, "group_router"),
-                worth=self._worth(index),
-            )
+            return self.experts.ffn(index, layer, shared)
         if layer.records is not None:
             dense = RecordFfn(
                 parts=layer.record_parts,
@@ -227,58 +203,6 @@ class Builder:
         if now.bias is not None and then.bias is not None:
             shift = then.bias - now.bias * scale
         return NextLayer(layer, self.predictors[layer], scale, shift)
-
-    def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
-        """The routers of the layers behind one whose FFN has this norm, or what was learned to guess better, for
-        guesses of their experts."""
-        if self.config.moe is not None and self.config.moe.gate_groups:
-            return ()  # logits of different groups say nothing of each other
-        plain = self.config.norm == "rms" and not self.config.norm_offset
-        found = []
-        for distance in LOOKAHEADS:
-            layer = index + distance
-            router, other = self._get(layer, "router"), self._get(layer, "ffn_norm")
-            if router is None or other is None or layer >= len(self.layout.layers):
-                continue
-            if (index, layer) in self.probes:
-                weight, bias = (self.device.put(each) for each in self.probes[index, layer])
-                found.append(Ahead(distance, layer, weight, bias, None))
-                continue
-            # Layer norms differ by more than a factor, and an offset is not in these weights.
-            scale = rescale(norm, other) if norm is not None and plain else None
-            found.append(Ahead(distance, layer, router, self._get(layer, "router.bias"), scale))
-        return tuple(found)
-
-    def _worth(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What was learned to foresee the uses of a layer's experts."""
-        found = self.probes.get((layer, layer))
-        return None if found is None else (self.device.put(found[0]), self.device.put(found[1]))
-
-    def _expert_policy(self, name: str, records: Mapping[int, int]) -> Policy:
-        """Foresight needs maps that calibration learned for every layer; "auto" takes it where they are."""
-        missing = [layer for layer in records if (layer, layer) not in self.probes]
-        if name == "foresight" and missing:
-            raise UsageError(
-                "--expert-policy foresight goes by what calibration learned, and there is nothing for layer "
-                f"{missing[0]}.",
-                "Calibrate the bundle: genai-run calibrate BUNDLE; or leave the option out.",
-            )
-        chosen = ("lfu" if missing else "foresight") if name == "auto" else name
-        return expert_policy(chosen, records, self.plan.expert_slots)
-
-    def _first_guess(self) -> FirstGuess | None:
-        """Guesses from the embedding for the first layers that have experts."""
-        moe = self.config.moe
-        first = next((i for i, layer in enumerate(self.layout.layers) if layer.expert_extents), None)
-        norm = None if first is None else self._norm(first, "ffn_norm")
-        if first is None or moe is None or norm is None or self.experts is None:
-            return None
-        ahead = tuple(
-            replace(one, distance=one.distance - first)
-            for one in self._ahead(-1, self._get(first, "ffn_norm"))
-            if one.layer >= first
-        )
-        return FirstGuess(norm, ahead, moe, self.experts)
 
     def _dense(self, index: int, layer: LayerLayout, prefix: str) -> DenseFfn:
         def matrix(role: str) -> Linear | None:
@@ -326,7 +250,6 @@ class Builder:
         probes: Maps | None = None,
     ) -> Decoder:
         """Pin what stays, make the caches, and assemble. `wants` is the share of its neurons that a layer needs."""
-        self.probes, self.degrade = probes or {}, run.degrade
         layout, plan, rt = self.layout, self.plan, self.rt
         body = layout.body
         ordered = [*body, *layout.head.slices]
@@ -335,29 +258,8 @@ class Builder:
             pinned += layout.embed.slices
         rt.feed.pin(pinned)
         rt.feed.open_ring(plan.ring_bytes, plan.demand_bytes)
-        extents = {i: layer.expert_extents for i, layer in enumerate(layout.layers) if layer.expert_extents}
-        if extents:
-            self.experts = ExpertCache(
-                rt.feed.store,
-                self.device,
-                rt.recorder,
-                {i: [*each, *layout.layers[i].small_extents] for i, each in extents.items()},
-                policy=self._expert_policy(run.expert_policy, {i: len(e) for i, e in extents.items()}),
-                transit=plan.transit_experts,
-                prefetch=run.prefetch_experts,
-                lookahead=run.lookahead,
-            )
-            if run.cache_bias:
-                moe = self.config.moe
-                if moe is not None and moe.gate_groups:
-                    raise UsageError(
-                        "--cache-bias prefers experts among all, and this model's gate chooses groups first.",
-                        "Leave it out.",
-                    )
-                few = moe is not None and (moe.num_experts <= 8 or moe.num_experts_per_tok <= 2)
-                self.bias = CacheBias(run.cache_bias, run.keep_top if run.keep_top is not None else 1 if few else 2)
-            if plan.everything_fits:
-                self.experts.fill()
+        if has_experts(layout):
+            self.experts = ExpertBuilder(self.config, layout, plan, rt, run, self._get, probes or {})
         if predictors:
             self.use_neurons(predictors, wants or {}, run.neuron_policy, run.window, run.prefetch_neurons)
         config = self.config
@@ -375,5 +277,5 @@ class Builder:
             head=self._linear(-1, "head", layout.head),
             by_block=[layer.slices for layer in layout.layers],
             body=[s for s, on_demand in zip(body, layout.on_demand, strict=True) if not on_demand],
-            first_guess=self._first_guess(),
+            first_guess=None if self.experts is None else self.experts.first_guess(self._norm),
         )
