@@ -12,7 +12,7 @@ policy never hears of guesses, so hits, and what stays, do not depend on timing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,14 @@ class _Guess:
     ticket: Ticket
     rank: int
     nbytes: int
+
+
+class Pieces(list[torch.Tensor]):
+    """What was read of an expert, uint8; and `views` of its matrices, by role, for whoever computes to keep here."""
+
+    def __init__(self, pieces: Iterable[torch.Tensor]) -> None:
+        super().__init__(pieces)
+        self.views: dict[str, torch.Tensor] = {}
 
 
 class ExpertCache:
@@ -73,6 +81,7 @@ class ExpertCache:
         self.buffer = allocate(self.slots * self.slot_bytes)
         self._free = deque(range(self.slots))
         self._slot: dict[Key, int] = {}
+        self._known: dict[Key, tuple[int, Pieces]] = {}  # of experts that stay: their slots, and tensors on them
         self._guesses: dict[Key, _Guess] = {}
         self._draining: list[tuple[int, Ticket]] = []  # slots of guesses taken back, until their reads end
         self._arrivals: _Arrivals | None = None
@@ -91,9 +100,7 @@ class ExpertCache:
             self.trace.expect(layer, whole.tolist())
         self.policy.expect(layer, whole)
 
-    def fetch(
-        self, layer: int, chosen: np.ndarray, small: Sequence[int] = ()
-    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    def fetch(self, layer: int, chosen: np.ndarray, small: Sequence[int] = ()) -> Iterator[tuple[int, Pieces]]:
         """Start bringing in what the tokens of a pass chose, int [T, k], best first, -1 for none; and the `small`
         copies of these experts, which come as number E + expert.
 
@@ -114,6 +121,7 @@ class ExpertCache:
         for key in outcome.gone:
             if key[0] != layer or key[1] not in needed:
                 self._free.append(self._slot.pop(key))
+                self._known.pop(key, None)
         for key in [key for key in self._guesses if key[0] == layer and key[1] not in needed]:
             self._drop(key)
         if small:
@@ -151,7 +159,7 @@ class ExpertCache:
     def stays(self, layer: int, expert: int) -> bool:
         return expert < self.policy.records[layer] and self.policy.holds(layer, expert)
 
-    def here(self, layer: int) -> dict[int, list[torch.Tensor]]:
+    def here(self, layer: int) -> dict[int, Pieces]:
         """The experts of a layer that are in memory, and their pieces. Reads nothing, and the policy hears nothing."""
         found = [expert for expert in range(self.policy.records[layer]) if (layer, expert) in self._slot]
         return {expert: self._pieces(layer, expert, self._slot[layer, expert]) for expert in found}
@@ -199,11 +207,17 @@ class ExpertCache:
             self._draining = [(slot, ticket) for slot, ticket in self._draining if not ticket.ready]
 
     # ---- what is here
-    def _pieces(self, layer: int, expert: int, slot: int) -> list[torch.Tensor]:
+    def _pieces(self, layer: int, expert: int, slot: int) -> Pieces:
+        known = self._known.get((layer, expert))
+        if known is not None and known[0] == slot:
+            return known[1]
         base = slot * self.slot_bytes
         starts, extents = self.spans[layer][expert].starts, self.extents[layer][expert]
         pieces = (self.buffer[base + s : base + s + e.nbytes] for s, e in zip(starts, extents, strict=True))
-        return [self.device.put(torch.from_numpy(piece)) for piece in pieces]
+        made = Pieces(self.device.put(torch.from_numpy(piece)) for piece in pieces)
+        if self.device.is_host and self.stays(layer, expert):
+            self._known[layer, expert] = slot, made
+        return made
 
     def fill(self) -> None:
         """Bring in every expert: where all fit, so that the first tokens are not slower than the rest."""
@@ -232,7 +246,7 @@ class _Arrivals:
                 return
             self.pending.append((self.missing.popleft(), *begun))
 
-    def __iter__(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[int, Pieces]]:
         cache, layer = self.cache, self.layer
         try:
             while self.present:

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ..cache.experts import Pieces
 from ..config import MoeConfig
 from ..kernels.activations import ACTIVATIONS, clamped_swiglu
 from ..kernels.mxfp4 import joined
@@ -40,13 +41,15 @@ ExpertLayout = Mapping[str, ExpertPart]
 
 
 def apply_expert(
-    x: torch.Tensor, layout: ExpertLayout, pieces: list[torch.Tensor], act: str, moe: MoeConfig, rt: Runtime
+    x: torch.Tensor, layout: ExpertLayout, pieces: Pieces, act: str, moe: MoeConfig, rt: Runtime
 ) -> torch.Tensor:
-    """x [T, d] through an expert -> [T, d]; `pieces` are uint8 tensors."""
+    """x [T, d] through an expert -> [T, d]."""
 
     def project(x: torch.Tensor, role: str) -> torch.Tensor:
-        out, bias = _times(x, layout[role], pieces, rt), layout.get(f"{role}.bias")
-        return out if bias is None else out.add_(rt.kernels.dequantize(_stored(bias, pieces), bias.format, bias.cols))
+        out, bias = _times(x, layout[role], _stored(role, layout, pieces), rt), layout.get(f"{role}.bias")
+        if bias is not None:
+            out.add_(rt.kernels.dequantize(_stored(f"{role}.bias", layout, pieces), bias.format, bias.cols))
+        return out
 
     if "gate_up" in layout:
         both = project(x, "gate_up").unflatten(-1, (-1, 2))
@@ -63,21 +66,27 @@ def apply_expert(
     return project(h, "down")
 
 
-def _stored(part: ExpertPart, pieces: list[torch.Tensor]) -> torch.Tensor:
-    """The part's bytes, uint8 [rows, row bytes]."""
+def _stored(role: str, layout: ExpertLayout, pieces: Pieces) -> torch.Tensor:
+    """A part's bytes, uint8 [rows, row bytes]."""
+    stored = pieces.views.get(role)
+    if stored is not None:
+        return stored
+    part = layout[role]
     stored = pieces[part.piece][part.offset : part.offset + part.nbytes]
-    if part.scales is not None:
-        stored = joined(stored.view(part.rows, -1, 16), pieces[part.scales].view(part.rows, -1))
-    return stored.view(part.cols if part.turned else part.rows, -1)
+    if part.scales is not None:  # a copy, which would cost memory to keep
+        joint = joined(stored.view(part.rows, -1, 16), pieces[part.scales].view(part.rows, -1))
+        return joint.view(part.rows, -1)
+    pieces.views[role] = stored = stored.view(part.cols if part.turned else part.rows, -1)
+    return stored
 
 
-def _times(x: torch.Tensor, part: ExpertPart, pieces: list[torch.Tensor], rt: Runtime) -> torch.Tensor:
+def _times(x: torch.Tensor, part: ExpertPart, weight: torch.Tensor, rt: Runtime) -> torch.Tensor:
     """x [T, cols] -> [T, rows]."""
-    weight = _stored(part, pieces)
-    out = x.new_zeros(x.shape[0], part.rows)
     if not part.turned:
+        out = x.new_empty(x.shape[0], part.rows)
         rt.kernels.linear(x, weight, part.format, out, 0)
         return out
+    out = x.new_zeros(x.shape[0], part.rows)
     step = max(1, TURNED_ELEMENTS // part.rows)
     for first in range(0, part.cols, step):
         rows = to_float(weight[first : first + step], part.format)

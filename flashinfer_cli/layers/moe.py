@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..cache.experts import ExpertCache
+from ..cache.experts import ExpertCache, Pieces
 from ..config import MoeConfig
 from .expert import ExpertLayout, apply_expert
 from .ffn import DenseFfn
@@ -187,8 +187,12 @@ class MoeFfn:
             with rt.recorder.computing():
                 guess_ahead(self.ahead, x, self.moe, self.cache)
         extra = self._shared(x, rt)  # while experts are on their way
+        ranks = {expert: rank for rank, expert in enumerate(chosen[0].tolist())} if len(x) == 1 else {}
         for expert, pieces in arriving:
             with rt.recorder.computing():
+                if ranks:
+                    by_rank[0, ranks[expert]] = self._expert(x, self.layouts[expert], pieces, rt)[0]
+                    continue
                 token, rank = (chosen == expert).nonzero(as_tuple=True)
                 by_rank[token, rank] = self._expert(x[token], self.layouts[expert], pieces, rt)
         with rt.recorder.computing():
@@ -237,5 +241,5 @@ class MoeFfn:
             extra *= rt.apart(lambda row: torch.sigmoid(F.linear(row, gate)), x)
         return extra
 
-    def _expert(self, x: torch.Tensor, layout: ExpertLayout, pieces: list[torch.Tensor], rt: Runtime) -> torch.Tensor:
+    def _expert(self, x: torch.Tensor, layout: ExpertLayout, pieces: Pieces, rt: Runtime) -> torch.Tensor:
         return apply_expert(x, layout, pieces, self.act, self.moe, rt)
