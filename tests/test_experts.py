@@ -98,7 +98,7 @@ def test_iterator_left_early_loses_no_slot(extents, items: int) -> None:
         cache = make(store, extents, capacity=6, transit=2, prefetch=1)
         for turn in range(6):
             cache.guess(0, 1, [turn])
-            fetched = cache.fetch(0, np.array([[0, 1, 2, 3]]))
+            fetched = iter(cache.fetch(0, np.array([[0, 1, 2, 3]])))
             for _ in range(items):
                 next(fetched)
             fetched.close()
@@ -240,7 +240,7 @@ def test_stress(extents, seed: int) -> None:
         for ahead in (1, 2):
             cache.guess(rng.choice(LAYERS), ahead, rng.sample(range(EXPERTS), 4))
         store.pass_time()
-        arriving = cache.fetch(layer, np.array([ids]))
+        arriving = iter(cache.fetch(layer, np.array([ids])))
         if clean:
             bare.demand(layer, np.array([ids]), "load")
         cache.guess(LAYERS[(turn + 1) % 3], 1, rng.sample(range(EXPERTS), 3))

@@ -231,6 +231,19 @@ def test_ffn_bits_do_not_depend_on_tokens_or_threads(numba: Kernels, fmt: str, g
             assert torch.equal(out, single[:tokens])
 
 
+@pytest.mark.parametrize("fmt", ["F32", "F16", "BF16", *DIRECT_BLOCKS, "Q4_K", "MXFP4"])
+@pytest.mark.parametrize("rows", [1, 7, 333])
+def test_listed_matrices_give_the_bits_of_each_by_itself(kernels: Kernels, fmt: str, rows: int) -> None:
+    cols = cols_of(fmt)
+    several = [weights(fmt, rows, cols, seed)[0] for seed in range(5)]
+    for x in (torch.randn(1, cols), torch.randn(5, cols)):
+        out, want = torch.zeros(5, rows), torch.zeros(5, rows)
+        for index, weight in enumerate(several):
+            kernels.linear(x[index % len(x)][None], weight, fmt, want[index : index + 1], 0)
+        kernels.linear_listed(x, several, fmt, out)
+        assert torch.equal(out, want) and want.any()
+
+
 @pytest.mark.parametrize("fmt", ["F16", *DIRECT_BLOCKS, "Q4_K"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_listed_records_give_the_bits_of_records_side_by_side(numba: Kernels, fmt: str, gated: bool) -> None:

@@ -84,7 +84,7 @@ class ExpertCache:
         self._known: dict[Key, tuple[int, Pieces]] = {}  # of experts that stay: their slots, and tensors on them
         self._guesses: dict[Key, _Guess] = {}
         self._draining: list[tuple[int, Ticket]] = []  # slots of guesses taken back, until their reads end
-        self._arrivals: _Arrivals | None = None
+        self._arrivals: Arrivals | None = None
         self._named: dict[int, dict[int, list[int]]] = {}  # layer -> layers ahead -> experts guessed, best first
 
     # ---- demands
@@ -100,7 +100,7 @@ class ExpertCache:
             self.trace.expect(layer, whole.tolist())
         self.policy.expect(layer, whole)
 
-    def fetch(self, layer: int, chosen: np.ndarray, small: Sequence[int] = ()) -> Iterator[tuple[int, Pieces]]:
+    def fetch(self, layer: int, chosen: np.ndarray, small: Sequence[int] = ()) -> Arrivals:
         """Start bringing in what the tokens of a pass chose, int [T, k], best first, -1 for none; and the `small`
         copies of these experts, which come as number E + expert.
 
@@ -127,8 +127,8 @@ class ExpertCache:
         if small:
             recorder.degraded(layer, len(small))
         copies = [self.policy.records[layer] + expert for expert in small]
-        self._arrivals = _Arrivals(self, layer, outcome.present, [*outcome.missing, *copies])
-        return iter(self._arrivals)
+        self._arrivals = Arrivals(self, layer, outcome.present, [*outcome.missing, *copies])
+        return self._arrivals
 
     def _begin(self, layer: int, expert: int, *, may_wait: bool) -> tuple[int, Ticket] | None:
         """Start reading a demanded expert, or take over the guess that did; None where there is no slot yet."""
@@ -226,7 +226,7 @@ class ExpertCache:
                 pass
 
 
-class _Arrivals:
+class Arrivals:
     """The experts of one demand on their way. Reads have begun as far as there are slots."""
 
     def __init__(self, cache: ExpertCache, layer: int, present: list[int], missing: list[int]) -> None:
@@ -245,6 +245,15 @@ class _Arrivals:
                 assert not nothing_comes, "no slot for a demanded expert"
                 return
             self.pending.append((self.missing.popleft(), *begun))
+
+    def at_hand(self) -> list[tuple[int, Pieces]]:
+        """All that are in memory already, to be computed on together; `passed` is to follow before anything else."""
+        return [(e, self.cache._pieces(self.layer, e, self.cache._slot[self.layer, e])) for e in self.present]
+
+    def passed(self) -> None:
+        """What was at hand is computed."""
+        while self.present:
+            self._leave(self.present.popleft())
 
     def __iter__(self) -> Iterator[tuple[int, Pieces]]:
         cache, layer = self.cache, self.layer

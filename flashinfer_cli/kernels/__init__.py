@@ -5,7 +5,7 @@ Both have the signatures of `Kernels`; `select` picks one. Importing this packag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ class Kernels(Protocol):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         """out[:, start : start + rows] = x @ weight.T for x [T, cols], weight uint8 [rows, row bytes], out float32
         [T, N]."""
+        ...
+
+    def linear_listed(self, x: torch.Tensor, weights: Sequence[torch.Tensor], fmt: str, out: torch.Tensor) -> None:
+        """out[i] = weights[i] @ x[i], or @ x[0] where x has one row: matrices of one shape that may stand anywhere,
+        with the bits of `linear`. x [n or 1, cols], weights n of uint8 [rows, row bytes], out float32 [n, rows]."""
         ...
 
     def ffn_records(

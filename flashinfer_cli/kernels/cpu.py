@@ -26,6 +26,7 @@ from .jobs import (
     GATE,
     JOB,
     LINEAR,
+    LINEAR_LISTED,
     MISSED,
     NEXT,
     OPEN,
@@ -77,6 +78,16 @@ def _help(pool: Any, worker: Any) -> None:
         source = weight + first * width
         if kind == LINEAR:
             linear(code, rows, cols, source, width, x, tokens, out + 4 * first, stride, scratch, group)
+        elif kind == LINEAR_LISTED:
+            done = 0
+            while done < rows:
+                which = (first + done) // part
+                inside = first + done - which * part
+                some = min(rows - done, part - inside)
+                source = load_int(weight + 8 * which) + inside * width
+                into = out + 4 * (first + done)
+                linear(code, some, cols, source, width, x + which * stride, 1, into, 0, scratch, group)
+                done += some
         elif kind == DEQUANTIZE:
             converted(code, source, width, rows, cols, out + first * stride, stride)
         elif kind == ADD_UP:
@@ -155,6 +166,9 @@ def enter(pool: Any, worker: Any) -> None:
     the rows whose products it works on together, after converting them into its scratch where the format asks for it.
 
     LINEAR: out[t, row] = weight[row] . x[t] for `count` rows; `stride` bytes between tokens; scratch [group, cols].
+    LINEAR_LISTED: the same of one token and several matrices of `part` rows, `count` rows together; weight is the
+    address of int64, each the address of a matrix; `stride` bytes between the x of two matrices, 0 where all have one;
+    out[count].
     DEQUANTIZE: out[row] = weight[row] as float32, contiguous; `stride` bytes from row to row of out.
     FFN: out[tokens, cols] += what `count` neurons contribute, whose records are the rows of weight; `stride` is the
     address of the sums, float32 [chunks, tokens, cols]; `part` the bytes of each part of a record; scratch: [group,

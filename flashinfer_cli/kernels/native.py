@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -70,6 +72,26 @@ class NumbaKernels:
             space.run(
                 jobs.LINEAR, jobs.CODES[fmt], tokens, rows, cols, weight.data_ptr(), width, x.data_ptr(),
                 out.data_ptr() + 4 * start, 4 * total, chunk, scratch, 4 * own, 0, 0, 0, group, 0,
+            )  # fmt: skip
+        finally:
+            self._pool.release(shared)
+
+    def linear_listed(self, x: torch.Tensor, weights: Sequence[torch.Tensor], fmt: str, out: torch.Tensor) -> None:
+        cols, (rows, width), count = x.shape[1], weights[0].shape, len(weights)
+        elements, size = FORMATS[fmt]
+        assert width * elements == cols * size and len(x) in (1, count), (x.shape, weights[0].shape, fmt)
+        assert all(weight.shape == weights[0].shape and weight.is_contiguous() for weight in weights)
+        assert x.is_contiguous() and out.is_contiguous() and out.shape == (count, rows)
+        addresses = np.array([weight.data_ptr() for weight in weights], np.int64)
+        group = max(2, jobs.GROUP_BYTES // (4 * cols) & -2)
+        space, shared = self._pool.take()
+        try:
+            share = count * rows * width // (jobs.CHUNKS_A_THREAD * space.threads)
+            chunk = max(2, min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -4)
+            scratch = space.reserve(group * cols * space.threads)
+            space.run(
+                jobs.LINEAR_LISTED, jobs.CODES[fmt], 1, count * rows, cols, addresses.ctypes.data, width, x.data_ptr(),
+                out.data_ptr(), 4 * cols if len(x) > 1 else 0, chunk, scratch, 4 * group * cols, 0, 0, 0, group, rows,
             )  # fmt: skip
         finally:
             self._pool.release(shared)

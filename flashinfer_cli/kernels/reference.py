@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -74,6 +74,11 @@ class ReferenceKernels:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         for tile in _tiles(weight.shape[0], x.shape[1]):
             out[:, start + tile.start : start + tile.stop] = _times(x, to_float(weight[tile], fmt).T)
+
+    def linear_listed(self, x: torch.Tensor, weights: Sequence[torch.Tensor], fmt: str, out: torch.Tensor) -> None:
+        for index, weight in enumerate(weights):
+            row = index if len(x) > 1 else 0
+            self.linear(x[row : row + 1], weight, fmt, out[index : index + 1], 0)
 
     def ffn_records(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,8 @@ from ..kernels.reference import to_float
 from .linear import Runtime
 
 TURNED_ELEMENTS = 1 << 20  # of a matrix that stands turned, made float32 at a time
+VECTORS = 64  # elements, a multiple of what torch's elementwise loops take at a time
+GRAIN = 1 << 15  # elements up to which torch does not part such a loop between threads
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,51 @@ def apply_expert(
         alpha, limit = moe.clamped_swiglu
         h = rt.apart(lambda g, u: clamped_swiglu(g, u, alpha, limit), gate, up)
     return project(h, "down")
+
+
+def together(layouts: Sequence[ExpertLayout]) -> bool:
+    """May experts of one token be multiplied together: plain gated ones of one shape and format."""
+    first = layouts[0]
+    if first.keys() != {"gate", "up", "down"} or any(part.turned or part.scales is not None for part in first.values()):
+        return False
+    shapes = {role: (part.rows, part.cols, part.format) for role, part in first.items()}
+    return shapes["gate"] == shapes["up"] and all(
+        layout is first or {role: (part.rows, part.cols, part.format) for role, part in layout.items()} == shapes
+        for layout in layouts
+    )
+
+
+def apply_experts(
+    x: torch.Tensor,
+    layouts: Sequence[ExpertLayout],
+    pieces: Sequence[Pieces],
+    act: str,
+    moe: MoeConfig,
+    rt: Runtime,
+) -> torch.Tensor:
+    """x [1, d] through experts that go `together` -> [n, d], of each the bits that `apply_expert` gives it."""
+    gate, down = layouts[0]["gate"], layouts[0]["down"]
+
+    def stored(role: str) -> list[torch.Tensor]:
+        return [_stored(role, layout, each) for layout, each in zip(layouts, pieces, strict=True)]
+
+    both = x.new_empty(2, len(layouts), gate.rows)
+    rt.kernels.linear_listed(x, [*stored("gate"), *stored("up")], gate.format, both.flatten(0, 1))
+    alpha = moe.clamped_swiglu
+
+    def activate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return ACTIVATIONS[act](gate).mul_(up) if alpha is None else clamped_swiglu(gate, up, *alpha)
+
+    # Where a row ends within one of torch's vectors, its last elements would get other bits than on their own.
+    whole = gate.rows % VECTORS == 0 and both[0].numel() <= GRAIN
+    h = (
+        activate(*both)
+        if whole
+        else torch.cat([activate(g[None].clone(), u[None]) for g, u in zip(*both, strict=True)])
+    )
+    out = x.new_empty(len(layouts), down.rows)
+    rt.kernels.linear_listed(h, stored("down"), down.format, out)
+    return out
 
 
 def _stored(role: str, layout: ExpertLayout, pieces: Pieces) -> torch.Tensor:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..cache.experts import ExpertCache, Pieces
+from ..cache.experts import Arrivals, ExpertCache, Pieces
 from ..config import MoeConfig
-from .expert import ExpertLayout, apply_expert
+from .expert import ExpertLayout, apply_expert, apply_experts, together
 from .ffn import DenseFfn
 from .linear import Runtime
 from .norm import Norm
@@ -188,6 +188,8 @@ class MoeFfn:
                 guess_ahead(self.ahead, x, self.moe, self.cache)
         extra = self._shared(x, rt)  # while experts are on their way
         ranks = {expert: rank for rank, expert in enumerate(chosen[0].tolist())} if len(x) == 1 else {}
+        if ranks:
+            self._at_hand(x, arriving, ranks, by_rank, rt)
         for expert, pieces in arriving:
             with rt.recorder.computing():
                 if ranks:
@@ -198,6 +200,19 @@ class MoeFfn:
         with rt.recorder.computing():
             out = (by_rank * weights[..., None]).sum(1)
         return out if extra is None else out.add_(extra)
+
+    def _at_hand(
+        self, x: torch.Tensor, arriving: Arrivals, ranks: dict[int, int], by_rank: torch.Tensor, rt: Runtime
+    ) -> None:
+        """Compute the experts that are in memory already of one token, together where they allow it."""
+        found = arriving.at_hand()
+        layouts = [self.layouts[expert] for expert, _ in found]
+        if len(found) > 1 and together(layouts):
+            with rt.recorder.computing():
+                pieces = [each for _, each in found]
+                places = [ranks[expert] for expert, _ in found]
+                by_rank[0, places] = apply_experts(x, layouts, pieces, self.act, self.moe, rt)
+            arriving.passed()
 
     def _draft(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """The output [1, d] as far as memory goes: the best of the experts that are here take the others' places."""
