@@ -435,6 +435,20 @@ def test_damaged_code_is_not_run(tmp_path: Path) -> None:
             warm._load(file)
 
 
+def test_the_compiler_takes_this_package_wherever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer_cli.kernels import warm
+
+    decoy = tmp_path / "flashinfer_cli" / "__init__.py"
+    decoy.parent.mkdir()
+    decoy.write_text("raise RuntimeError('the package of the working folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT"):
+        warm._compile_in_child(tmp_path / warm.fingerprint())
+    with pytest.raises(RuntimeError, match="another version"):
+        warm._compile_in_child(tmp_path / "0123456789abcdef")
+
+
 def test_code_that_others_could_have_put_there_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashinfer_cli.kernels import warm
 

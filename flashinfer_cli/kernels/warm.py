@@ -30,6 +30,7 @@ _SOURCES = (
     "codecs.py",
     "memory.py",
     "jobs.py",
+    "tiles.py",
     "products.py",
     "cpu.py",
     "warm.py",
@@ -185,7 +186,9 @@ def _compile_in_child(folder: Path) -> None:
     package_parent = str(Path(__file__).parents[2])
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
-        [sys.executable, "-m", "flashinfer_cli.kernels.warm", str(folder)],
+        # from the folder that holds this very package: `-m` looks for it where it is run first
+        [sys.executable, "-m", "flashinfer_cli.kernels.warm", str(folder.absolute())],
+        cwd=package_parent,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -246,6 +249,8 @@ def ensure_compiled(notify: Callable[[str], None] | None = None) -> bool:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    if folder.name != fingerprint():
+        raise RuntimeError(f"{folder} is for the sources of another version than {Path(__file__).parent}")
     _compile(folder)
 
 
