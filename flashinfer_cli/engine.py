@@ -396,7 +396,8 @@ def _with_draft(
                 "There is not enough memory for the model to draft for itself: its head has to stay.",
                 "Give more --memory, or take --draft ngram.",
             )
-    found.speculator = Speculator(draft, name, fixed)
+    whole = found.experts is None and found.neurons is None  # each token of a run reads the same then
+    found.speculator = Speculator(draft, name, fixed, streams=whole and not found.plan.everything_fits)
     # where all streams by order, or nothing does, or what a pass streams is not known before, there is nothing to lend
     if resident is not None and resident.neurons is None and run.stream == "auto" and found.decoder.streamed:
         found.speculator.lender = Lending(found.decoder, resident.decoder)

@@ -219,23 +219,28 @@ def _tokens(
     token = sampler.sample(sampler.probs(logits.float().cpu(), session.ids), generator)
     yield token
     made = 1
+    if speculator is not None:
+        speculator.begin()
     while made < limit:
         context = [*session.ids, token]
-        if speculator is None:
+        begin = time.perf_counter()
+        drafted: list[int] = []
+        if speculator is not None:
+            count = speculator.choose(limit - made - 1, repeatable)
+            if count and (speculator.draft.repeatable or not repeatable):  # else a seed's text would hang on memory
+                drafted, q = speculator.draft.propose(context, count, sampler, generator)
+        drafted_in, begin = time.perf_counter() - begin, time.perf_counter()
+        if not drafted:
             logits = session.step(token, more=made + 1 < limit)
+            seconds = time.perf_counter() - begin
             token = sampler.sample(sampler.probs(logits.float().cpu(), context), generator)
+            if speculator is not None:
+                speculator.note(0, 0, 0.0, seconds)
             yield token
             made += 1
             continue
-        begin = time.perf_counter()
-        count = speculator.choose(limit - made - 1, repeatable)
-        if repeatable and not speculator.draft.repeatable:
-            count = 0  # what a seed gives would depend on what is in memory
-        drafted, q = speculator.draft.propose(context, count, sampler, generator) if count else ([], None)
-        if count and not drafted:
-            speculator.missed()
-        drafted_in, begin = time.perf_counter() - begin, time.perf_counter()
-        drafted_in -= speculator.draft.catching_up if drafted else 0.0
+        assert speculator is not None
+        drafted_in -= speculator.draft.catching_up
         rows = session.verify([token, *drafted], more=made + 1 < limit).float().cpu()
         seconds = time.perf_counter() - begin
         p = [sampler.probs(row, [*context, *drafted[:i]]) for i, row in enumerate(rows)]

@@ -17,12 +17,16 @@ from .sampling import Sampler
 
 MOST_DRAFTED = 16
 FADE = 0.9  # of the past, in running means
-BELIEF, BELIEVED = 0.7, 3.0  # the acceptance believed of a draft not seen yet, with the weight of so many tokens
+BELIEVED = 3.0  # so many tokens weighs what is believed of the acceptance of a draft not seen yet
 TRY_AGAIN = 48  # tokens without drafts, after which some are tried again; twice as many each time that it is in vain
 ENOUGH = 4  # drafted tokens judged before a draft is thought to be of no use
 LENT = 256  # tokens after which a draft whose memory was lent is looked at again; twice as many each time
 MOST_SURPRISE = 2.0  # times what a pass was expected to cost: what is above is taken for this
 TRIAL = 4  # tokens of such a trial, and of the first run
+SLOPES = {True: 0.02, False: 0.25}  # believed of one more token's price, in passes: does the target stream
+RIDGE = 1.0  # of what is believed of the slope, in squared tokens of spread: a run of five among ten passes weighs 1.4
+MAY_LOSE, AND_SHARE = 0.5, 0.01  # passes that drafts may lose in a text, and the share of its passes besides
+MOST_SPARE = 1.0  # passes gained that later losses are set against; and passes lost that must first be made good
 
 
 class Draft(Protocol):
@@ -30,9 +34,11 @@ class Draft(Protocol):
 
     `catching_up`: seconds of the last proposal that went into text that the draft had not read, such as the prompt, and
     that no later proposal will cost again. `repeatable`: the same text gets the same guesses, whatever memory holds.
+    `belief`: the acceptance to expect before any is seen.
     """
 
     catching_up: float
+    belief: float
     repeatable: bool
 
     def propose(
@@ -111,8 +117,14 @@ def expected_speedup(acceptance: float, drafted: int, cost: float) -> float:
 
 @dataclass
 class Costs:
-    """Seconds of a pass over n tokens, as a line through running means: a + b n."""
+    """Seconds of a pass over n tokens, as a line through running means: c (1 + slope (n - 1)).
 
+    Each run that was drafted moves the slope from what was believed of it (`slope` at first) towards the line, the
+    more the more its length differs from others': one stall is no slope. What a run costs is so not forgotten
+    where none was drafted for a while.
+    """
+
+    slope: float = 0.0
     weight: float = 0.0
     n: float = 0.0
     seconds: float = 0.0
@@ -125,22 +137,29 @@ class Costs:
         self.weight = FADE * self.weight + 1
         for name, value in (("n", n), ("seconds", seconds), ("nn", n * n), ("ns", n * seconds)):
             setattr(self, name, FADE * getattr(self, name) + value)
+        if n > 1:
+            mean_n = self.n / self.weight
+            spread = self.nn / self.weight - mean_n**2
+            each = (self.ns - mean_n * self.seconds) / self.weight / self.of(1)
+            self.slope = max(0.0, (each + RIDGE * self.slope) / (spread + RIDGE))
 
     def of(self, n: int) -> float:
-        """The line at n; through all points seen at one n, a pass is taken to cost the same for any."""
+        """The line at n."""
         mean_n, mean = self.n / self.weight, self.seconds / self.weight
-        spread = self.nn / self.weight - mean_n**2
-        slope = max(0.0, (self.ns / self.weight - mean_n * mean) / spread) if spread > 0.05 else 0.0
-        return max(mean + slope * (n - mean_n), 0.1 * mean)
+        return mean * (1 + self.slope * (n - 1)) / (1 + self.slope * (mean_n - 1))
 
 
 @dataclass
 class Speculator:
-    """Decides how many tokens to draft, and keeps the account. `fixed` is that number, None leaves it to the costs."""
+    """Decides how many tokens to draft, and keeps the account. `fixed` is that number, None leaves it to the costs.
+
+    `streams`: a pass of the target reads, so one more token is believed to cost little until that is measured.
+    """
 
     draft: Draft
     name: str
     fixed: int | None = None
+    streams: bool = True
     drafted: int = 0
     accepted: int = 0
     judged: int = 0  # drafted tokens that were looked at: none behind a rejected one
@@ -151,12 +170,19 @@ class Speculator:
     times_lent: int = 0
     _since: int = 0  # drafted tokens judged since the draft came, or came back; or tokens since it left
     _patience: int = TRY_AGAIN
-    _kept: float = BELIEF * BELIEVED
-    _tried: float = BELIEVED
+    _kept: float = 0.0
+    _tried: float = 0.0
     _idle: int = 0
+    _off: bool = False  # the last judgement was that drafting does not pay
+    _trial: bool = False
+    _spare: float = MAY_LOSE  # passes that drafts may still lose: what is allowed, and what they gained
     _draft_seconds: float = 0.0
     _draft_tokens: float = 0.0
     _costs: Costs = field(default_factory=Costs)
+
+    def __post_init__(self) -> None:
+        self._costs.slope = SLOPES[self.streams]
+        self._kept, self._tried = self.draft.belief * BELIEVED, BELIEVED
 
     @property
     def acceptance(self) -> float:
@@ -170,29 +196,54 @@ class Speculator:
             if not repeatable and self._since < LENT << (self.times_lent - 1):
                 return 0
             self.lender.take_back()
-            self._since, self._kept, self._tried = 0, BELIEF * BELIEVED, BELIEVED
-        left, most = most, min(most, MOST_DRAFTED)
+            self._since, self._kept, self._tried = 0, self.draft.belief * BELIEVED, BELIEVED
+        left, most = most, max(0, min(most, MOST_DRAFTED))
         if self.fixed is not None or repeatable:
-            return max(0, min(TRIAL if self.fixed is None else self.fixed, most))
-        if self._idle >= self._patience:
-            self._patience *= 2
-            return max(0, min(TRIAL, most))
-        if not self.judged or self._costs.weight < 1:
-            return max(0, min(TRIAL, most))
-        a_draft = self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
-        rates = [
-            expected_tokens(self.acceptance, g) / (g * a_draft + self._costs.of(g + 1)) for g in range(max(0, most) + 1)
-        ]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        if left > TRIAL and self._of_no_use(rates[best]):
+            return min(TRIAL if self.fixed is None else self.fixed, most)
+        if self._costs.weight < 1:
+            return 0  # what a pass costs by itself is known first
+        self._trial = self._idle >= self._patience
+        if self._trial or not self.judged:
+            return self._affordable(min(TRIAL, most))
+        if self._off and self.lender is None:
+            return 0  # nothing was learnt since
+        best, rate = self._best(most)
+        if left > TRIAL and self._of_no_use(rate):
             assert self.lender is not None
             self.lender.lend()
             self.times_lent += 1
             self._since = 0
             return 0
+        self._off = not best and most > 0
         if best:
             self._patience = TRY_AGAIN
-        return best
+        return best if self.lender is not None and self._since < ENOUGH else self._affordable(best)
+
+    def _best(self, most: int) -> tuple[int, float]:
+        """The length that brings most tokens a second, and how many; they rise to it and fall behind it."""
+        best, rate = 0, 1 / self._costs.of(1)
+        for g in range(1, most + 1):
+            other = expected_tokens(self.acceptance, g) / (g * self._a_draft + self._costs.of(g + 1))
+            if other <= rate:
+                break
+            best, rate = g, other
+        return best, rate
+
+    def begin(self) -> None:
+        """Another text: what drafts gained in those before does not pay for losses in this one."""
+        self._spare = min(self._spare, MAY_LOSE)
+
+    def _affordable(self, count: int) -> int:
+        """As many of `count` tokens as may all be wrong without losing more than is to spare."""
+        one = self._costs.of(1)
+        while count and count * self._a_draft + self._costs.of(count + 1) - one > self._spare * one:
+            count -= 1
+        return count
+
+    @property
+    def _a_draft(self) -> float:
+        """Seconds of drafting a token."""
+        return self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
 
     def _of_no_use(self, rate: float) -> bool:
         """Would plain decoding with the draft's memory be faster than `rate` tokens a second, the best beside it."""
@@ -215,7 +266,13 @@ class Speculator:
         self._idle = 0 if drafted else self._idle + 1
         self._since += self.lender is not None and self.lender.lent
         self._costs.add(drafted + 1, pass_seconds)
+        one = self._costs.of(1)
+        saved = accepted + 1 - (draft_seconds + pass_seconds) / one if drafted else 0.0
+        self._spare = max(-MOST_SPARE, min(self._spare + AND_SHARE + saved, MOST_SPARE))
         if drafted:
+            if self._trial:
+                self._patience *= 2
+            self._off = False
             judged = accepted + (accepted < drafted)
             self.judged += judged
             self._since += judged
@@ -223,10 +280,6 @@ class Speculator:
             self._draft_tokens = FADE * self._draft_tokens + drafted
             self._kept = FADE * self._kept + accepted
             self._tried = FADE * self._tried + judged
-
-    def missed(self) -> None:
-        """The draft had nothing to say."""
-        self._idle = 0
 
     def report(self) -> dict[str, object]:
         """The account, plain values.
@@ -238,8 +291,7 @@ class Speculator:
         alpha = self.accepted / self.judged if self.judged else 0.0
         per_pass = self.tokens / self.passes if self.passes else 0.0
         mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
-        a_draft = self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
-        paid = mean * a_draft + (self._costs.of(round(mean) + 1) if self._costs.weight else 0.0)
+        paid = mean * self._a_draft + (self._costs.of(round(mean) + 1) if self._costs.weight else 0.0)
         return {
             "draft": self.name,
             "drafted": self.drafted,
