@@ -49,7 +49,7 @@ def forget(engine: Any) -> None:
         old.lender.take_back()
     if isinstance(old.draft, ModelDraft):
         old.draft.session.trim(0)
-    engine.speculator = Speculator(old.draft, old.name, old.fixed, old.streams, lender=old.lender)
+    engine.speculator = Speculator(old.draft, old.name, old.fixed, old.streams, old.width, lender=old.lender)
 
 
 def decode(engine: Any, prompt: Any, tokens: int) -> dict[str, Any]:
@@ -86,33 +86,31 @@ def worker(given: dict[str, Any]) -> None:
             print(json.dumps(found | {"plan": str(engine.plan)}), flush=True)
 
 
-def compare(
-    case: str, target: str, draft: str, prompts: list[Any], share: float, tokens: int, speculate: str, repeat: int
-) -> list[dict[str, Any]]:
+def compare(case: str, draft: str, prompts: list[tuple[int, Any]], given: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each prompt, and one over all: plain decoding and drafted in turns, in one process where the draft
     takes no memory, else in one each."""
-    path = Path(target)
-    cap = None if share >= 1 else int(share * weight_bytes(path))
+    path, speculate, repeat = Path(given.target), given.speculate, given.repeat
+    cap = None if given.share >= 1 else int(given.share * weight_bytes(path))
     memory = None if cap is None else int(MOST * cap)
     cold = [path for path in (path, Path(draft)) if path.exists()]
     with ExitStack() as stack:
 
         def started(options: dict[str, Any]) -> Any:
-            given = json.dumps({"model": target, "memory": memory} | options)
-            command = [sys.executable, "-m", "benchmarks.speculative", "--worker", given]
+            asked = json.dumps({"model": given.target, "memory": memory} | options)
+            command = [sys.executable, "-m", "benchmarks.speculative", "--worker", asked]
             return stack.enter_context(cgroup.asked(command, cap or 1 << 40, cold))
 
-        drafting = started({"draft": draft, "speculate": speculate})
+        drafting = started({"draft": draft, "speculate": speculate, "draft_tree": given.tree})
         plain = drafting if draft in ("ngram", "self") else started({})
-        base = {"case": case, "model": path.name or target, "draft": Path(draft).name, "speculate": speculate,
-                "cap": cap, "share": share, "repeat": repeat}  # fmt: skip
+        base = {"case": case, "model": path.name or given.target, "draft": Path(draft).name, "speculate": speculate,
+                "cap": cap, "share": given.share, "repeat": repeat, "tree": given.tree}  # fmt: skip
         rows = []
-        for number, prompt in enumerate(prompts):
+        for number, prompt in prompts:
             runs: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
             for turn in range(repeat):
                 for kind in (True, False) if (turn + number) % 2 == 0 else (False, True):
                     ask = plain if kind else drafting
-                    runs[kind].append(ask({"prompt": prompt, "tokens": tokens, "plain": kind}))
+                    runs[kind].append(ask({"prompt": prompt, "tokens": given.tokens, "plain": kind}))
             rows.append(base | {"prompt": number} | row_of(runs[True], runs[False]))
             show(rows[-1])
     each = sorted(row["speedup"] for row in rows)
@@ -177,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--speculate", default="auto")
     parser.add_argument("--prompts", type=int, help="take only so many")
     parser.add_argument("--only", type=int, nargs="+", help="take only the prompts of these numbers, from 0")
+    parser.add_argument("--tree", type=int, default=0, help="places that have a second guess")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each kind, in turns")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -203,9 +202,10 @@ def main(arguments: list[str] | None = None) -> None:
             "mixed": (MIXED, [given.draft] if given.draft else ["ngram"]),
             "ids": (of_ids(), [given.draft or "ngram"]),
         }[case]
-        some = [prompts[i] for i in given.only] if given.only else prompts[: given.prompts]
+        numbered = [*enumerate(prompts)]
+        some = [numbered[i] for i in given.only] if given.only else numbered[: given.prompts]
         for draft in drafts:
-            rows += compare(case, given.target, draft, some, given.share, given.tokens, given.speculate, given.repeat)
+            rows += compare(case, draft, some, given)
     machine.emit("speculative", rows)
 
 

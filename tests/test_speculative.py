@@ -243,6 +243,19 @@ def test_a_seed_gives_the_same_text_again(pair):
     assert texts[0] == texts[1] == texts[2] == texts[3] and len(texts[0]) == 40
 
 
+def test_second_guesses_change_nothing_but_the_passes(pair):
+    big, small = pair
+    greedy = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    drawn = SamplingParams(max_tokens=30, temperature=1.0, seed=4, ignore_eos=True)
+    want, _ = text_of(big, [5, 6, 7], greedy)
+    for options in ({"draft": str(small), "speculate": "3"}, {"draft": str(small)}, {"draft": "self"}):
+        with fc.load(big, context=120, draft_tree=2, **options) as engine:
+            assert [event.token_id for event in engine.generate([5, 6, 7], greedy)] == want
+            assert engine.report().speculation["second_guesses"] == 2
+            texts = [[event.token_id for event in engine.generate([5, 6, 7], drawn)] for _ in range(2)]
+            assert texts[0] == texts[1]
+
+
 def test_stops_inside_an_accepted_run(pair):
     big, _ = pair
     free = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import UsageError
+from .judging import Second
 from .sampling import Sampler
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class NGramDraft:
     catching_up = 0.0
     repeatable = True
     belief = 0.45
+    seconds: Sequence[Second] = ()
 
     def __init__(self) -> None:
         self._read: list[int] = []
@@ -73,8 +75,9 @@ class ModelDraft:
     repeatable = True
     belief = 0.7
 
-    def __init__(self, session: Session, vocab_size: int, close: Callable[[], None]) -> None:
-        self.session, self.vocab_size, self.close = session, vocab_size, close
+    def __init__(self, session: Session, vocab_size: int, close: Callable[[], None], width: int = 0) -> None:
+        self.session, self.vocab_size, self.close, self.width = session, vocab_size, close, width
+        self.seconds: list[Second] = []
         self.catching_up = 0.0
 
     def propose(
@@ -95,10 +98,10 @@ class ModelDraft:
         self.catching_up = time.perf_counter() - begin if len(behind) > AT_ONCE else 0.0
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
+        self.seconds = []
         for index in range(count):
-            q = sampler.probs(logits[-1].float().cpu()[: self.vocab_size], [*ids, *drafted])
-            drafted.append(sampler.sample(q, generator))
-            rows.append(q)
+            row = logits[-1].float().cpu()[: self.vocab_size]
+            drafted.append(_guess(row, [*ids, *drafted], sampler, generator, rows, self.seconds, self.width))
             if index + 1 < count:
                 logits = session.verify([drafted[-1]], "last")
         return drafted, torch.stack(rows)
@@ -115,8 +118,9 @@ class SelfDraft:
     repeatable = False
     belief = 0.7
 
-    def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int) -> None:
-        self.decoder, self.kv, self.vocab_size = decoder, kv, vocab_size
+    def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int, width: int = 0) -> None:
+        self.decoder, self.kv, self.vocab_size, self.width = decoder, kv, vocab_size, width
+        self.seconds: list[Second] = []
 
     @property
     def able(self) -> bool:
@@ -133,6 +137,7 @@ class SelfDraft:
             return [], None
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
+        self.seconds = []
         mode = self.decoder.rt.mode
         mode.decoding = mode.here = True
         try:
@@ -141,9 +146,8 @@ class SelfDraft:
                     last = torch.tensor([drafted[-1] if drafted else ids[-1]], device=self.kv.keys[0].device)
                     logits = self.decoder.forward(last, self.kv)
                     assert logits is not None
-                    q = sampler.probs(logits[-1].float().cpu()[: self.vocab_size], [*ids, *drafted])
-                    drafted.append(sampler.sample(q, generator))
-                    rows.append(q)
+                    row = logits[-1].float().cpu()[: self.vocab_size]
+                    drafted.append(_guess(row, [*ids, *drafted], sampler, generator, rows, self.seconds, self.width))
         finally:
             mode.here = False
             self.kv.trim(start)
@@ -151,6 +155,23 @@ class SelfDraft:
 
     def close(self) -> None:
         return
+
+
+def _guess(
+    logits: torch.Tensor, before: Sequence[int], sampler: Sampler, generator: torch.Generator,
+    rows: list[torch.Tensor], seconds: list[Second], width: int,
+) -> int:  # fmt: skip
+    """A token by logits [V], its probabilities added to `rows`; and to `seconds`, for the first `width`, what the draft
+    would say if that token were none of its vocabulary."""
+    q = sampler.probs(logits, before)
+    token = sampler.sample(q, generator)
+    if len(rows) < width:
+        others = logits.clone()
+        others[token] = -torch.inf
+        second = sampler.probs(others, before)
+        seconds.append((sampler.sample(second, generator), second))
+    rows.append(q)
+    return token
 
 
 def check_same_ids(target: Tokenizer, draft: Tokenizer, name: str) -> None:

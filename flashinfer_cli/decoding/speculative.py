@@ -13,10 +13,12 @@ from typing import Protocol
 
 import torch
 
+from .judging import Second
 from .sampling import Sampler
 
 MOST_DRAFTED = 16
 FADE = 0.9  # of the past, in running means
+SECOND = 0.3  # believed of a second guess, where the first fell
 BELIEVED = 3.0  # so many tokens weighs what is believed of the acceptance of a draft not seen yet
 TRY_AGAIN = 48  # tokens without drafts, after which some are tried again; twice as many each time that it is in vain
 ENOUGH = 4  # drafted tokens judged before a draft is thought to be of no use
@@ -34,12 +36,14 @@ class Draft(Protocol):
 
     `catching_up`: seconds of the last proposal that went into text that the draft had not read, such as the prompt, and
     that no later proposal will cost again. `repeatable`: the same text gets the same guesses, whatever memory holds.
-    `belief`: the acceptance to expect before any is seen.
+    `belief`: the acceptance to expect before any is seen. `seconds`: of the last proposal, a second guess for each of
+    its first places, where the draft is asked for them.
     """
 
     catching_up: float
     belief: float
     repeatable: bool
+    seconds: Sequence[Second]
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -71,36 +75,6 @@ class Lender(Protocol):
 
     def lend(self) -> None: ...
     def take_back(self) -> None: ...
-
-
-def accept(
-    target: Sequence[torch.Tensor], drafted: Sequence[int], q: torch.Tensor | None, sampler: Sampler,
-    generator: torch.Generator,
-) -> tuple[int, int]:  # fmt: skip
-    """Check a run: (how many drafted tokens stand, the token behind them).
-
-    target: float32 [V] a position, len(drafted) + 1 of them: p, under the same sampling as `q` [n, V]. Token x is kept
-    with probability min(1, p(x) / q(x)), each with a fresh random number; at the first that is not, a token of
-    max(0, p - q), normed, takes its place; behind a run that stands in full one more comes from p (2211.17192, 2.3).
-    """
-    for index, token in enumerate(drafted):
-        p = target[index]
-        guess = 1.0 if q is None else float(q[index, token])
-        if sampler.greedy:
-            kept = float(p[token]) > 0
-        else:
-            kept = float(torch.rand((), generator=generator)) * guess < float(p[token])
-        if kept:
-            continue
-        rest = p.clone()
-        if q is None:
-            rest[token] = 0.0
-        else:
-            rest = (p - q[index]).clamp_(min=0.0)
-        total = rest.sum()
-        # equal up to rounding: nothing is left over, and p itself is what remains to draw from
-        return index, sampler.sample(rest / total if float(total) > 0 else p, generator)
-    return len(drafted), sampler.sample(target[len(drafted)], generator)
 
 
 def expected_tokens(acceptance: float, drafted: int) -> float:
@@ -160,18 +134,22 @@ class Speculator:
     name: str
     fixed: int | None = None
     streams: bool = True
+    width: int = 0  # places at the front of a run that have a second guess
     drafted: int = 0
     accepted: int = 0
     judged: int = 0  # drafted tokens that were looked at: none behind a rejected one
     passes: int = 0
     tokens: int = 0
     lengths: list[int] = field(default_factory=list)
+    rescued: int = 0  # second guesses that stand
     lender: Lender | None = None  # where the draft takes memory that the target could use
     times_lent: int = 0
     _since: int = 0  # drafted tokens judged since the draft came, or came back; or tokens since it left
     _patience: int = TRY_AGAIN
     _kept: float = 0.0
     _tried: float = 0.0
+    _second: float = SECOND * BELIEVED
+    _seconds_tried: float = BELIEVED
     _idle: int = 0
     _off: bool = False  # the last judgement was that drafting does not pay
     _trial: bool = False
@@ -223,7 +201,9 @@ class Speculator:
         """The length that brings most tokens a second, and how many; they rise to it and fall behind it."""
         best, rate = 0, 1 / self._costs.of(1)
         for g in range(1, most + 1):
-            other = expected_tokens(self.acceptance, g) / (g * self._a_draft + self._costs.of(g + 1))
+            wide, a = min(self.width, g), self.acceptance
+            tokens = expected_tokens(a, g) + (1 - a**wide) * self._second / self._seconds_tried
+            other = tokens / (g * self._a_draft + self._costs.of(g + 1 + wide))
             if other <= rate:
                 break
             best, rate = g, other
@@ -236,7 +216,10 @@ class Speculator:
     def _affordable(self, count: int) -> int:
         """As many of `count` tokens as may all be wrong without losing more than is to spare."""
         one = self._costs.of(1)
-        while count and count * self._a_draft + self._costs.of(count + 1) - one > self._spare * one:
+        while count:
+            rows = count + 1 + min(self.width, count)
+            if count * self._a_draft + self._costs.of(rows) - one <= self._spare * one:
+                break
             count -= 1
         return count
 
@@ -256,18 +239,27 @@ class Speculator:
             return now
         return now - min(self.lender.share * now, self.lender.wait)
 
-    def note(self, drafted: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
-        """What a pass cost and brought."""
+    def note(
+        self,
+        drafted: int,
+        accepted: int,
+        draft_seconds: float,
+        pass_seconds: float,
+        wide: int = 0,
+        rescued: bool = False,
+    ) -> None:
+        """What a pass cost and brought; `wide` second guesses were in it, and one stands if `rescued`."""
         self.passes += 1
         self.drafted += drafted
         self.accepted += accepted
-        self.tokens += accepted + 1
+        self.tokens += accepted + 1 + rescued
+        self.rescued += rescued
         self.lengths.append(drafted)
         self._idle = 0 if drafted else self._idle + 1
         self._since += self.lender is not None and self.lender.lent
-        self._costs.add(drafted + 1, pass_seconds)
+        self._costs.add(drafted + 1 + wide, pass_seconds)
         one = self._costs.of(1)
-        saved = accepted + 1 - (draft_seconds + pass_seconds) / one if drafted else 0.0
+        saved = accepted + rescued + 1 - (draft_seconds + pass_seconds) / one if drafted else 0.0
         self._spare = max(-MOST_SPARE, min(self._spare + AND_SHARE + saved, MOST_SPARE))
         if drafted:
             if self._trial:
@@ -278,6 +270,8 @@ class Speculator:
             self._since += judged
             self._draft_seconds = FADE * self._draft_seconds + draft_seconds
             self._draft_tokens = FADE * self._draft_tokens + drafted
+            if accepted < wide:
+                self._second, self._seconds_tried = FADE * self._second + rescued, FADE * self._seconds_tried + 1
             self._kept = FADE * self._kept + accepted
             self._tried = FADE * self._tried + judged
 
@@ -304,6 +298,8 @@ class Speculator:
             "mean_length": mean,
             "lengths": self.lengths[-256:],
             "times_lent": self.times_lent,
+            "second_guesses": self.width,
+            "rescued": self.rescued,
             "estimated_speedup": per_pass * plain / paid if paid else 1.0,
         }
 
