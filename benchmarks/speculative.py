@@ -49,7 +49,7 @@ def forget(engine: Any) -> None:
         old.lender.take_back()
     if isinstance(old.draft, ModelDraft):
         old.draft.session.trim(0)
-    engine.speculator = Speculator(old.draft, old.name, old.fixed, old.streams, old.width, lender=old.lender)
+    engine.speculator = Speculator(old.draft, old.name, old.fixed, old.slope, old.width, lender=old.lender)
 
 
 def decode(engine: Any, prompt: Any, tokens: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .decoding.drafts import ModelDraft, NGramDraft, SelfDraft, check_same_ids
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.judging import check_tree
 from .decoding.lending import Lending
-from .decoding.speculative import MOST_DRAFTED, Draft, Speculator
+from .decoding.speculative import MOST_DRAFTED, ON_DEMAND, RESIDENT, STREAMED, Draft, Speculator
 from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
 from .kernels import select
 from .kernels.warm import ensure_compiled, is_compiled
@@ -401,9 +401,9 @@ def _with_draft(
                 "There is not enough memory for the model to draft for itself: its head has to stay.",
                 "Give more --memory, or take --draft ngram.",
             )
-    whole = found.experts is None and found.neurons is None  # each token of a run reads the same then
-    streams = whole and not found.plan.everything_fits
-    found.speculator = Speculator(draft, name, fixed, streams, run.draft_tree)
+    on_demand = ON_DEMAND if found.experts is not None or found.neurons is not None else STREAMED
+    slope = RESIDENT if found.plan.everything_fits else on_demand
+    found.speculator = Speculator(draft, name, fixed, slope, run.draft_tree)
     # where all streams by order, or nothing does, or what a pass streams is not known before, there is nothing to lend
     if resident is not None and resident.neurons is None and run.stream == "auto" and found.decoder.streamed:
         found.speculator.lender = Lending(found.decoder, resident.decoder)

@@ -12,14 +12,10 @@ from tiny_models import make
 import flashinfer_cli as fc
 from flashinfer_cli.cli.report_tables import report_tables
 from flashinfer_cli.config import SamplingParams
+from flashinfer_cli.decoding.costs import Costs, expected_speedup, expected_tokens
 from flashinfer_cli.decoding.drafts import ModelDraft, NGramDraft
 from flashinfer_cli.decoding.sampling import make_sampler
-from flashinfer_cli.decoding.speculative import (
-    Costs,
-    Speculator,
-    expected_speedup,
-    expected_tokens,
-)
+from flashinfer_cli.decoding.speculative import RESIDENT, STREAMED, Speculator
 from flashinfer_cli.errors import UsageError
 from flashinfer_cli.training import data
 from flashinfer_cli.training.export import write_folder
@@ -80,7 +76,7 @@ def test_auto_turns_itself_off_and_looks_again():
 
 def lost(acceptance: list[float], draft: float, each: float, streams: bool, seed: int) -> float:
     """Speed against plain decoding of a text whose drafts stand with `acceptance`, token by token."""
-    speculator = Speculator(NGramDraft(), "x", streams=streams)
+    speculator = Speculator(NGramDraft(), "x", slope=STREAMED if streams else RESIDENT)
     generator = torch.Generator().manual_seed(seed)
     made, seconds = 0, 0.0
     speculator.begin()
@@ -167,6 +163,10 @@ def test_the_text_itself_as_draft():
     generator = torch.Generator()
     assert draft.propose([1, 2, 3, 4, 9, 2, 3], 3, sampler, generator) == ([4, 9, 2], None)
     assert draft.propose([5, 1, 2, 7, 1, 2, 8, 1, 2], 1, sampler, generator) == ([8], None)  # the latest
+    assert draft.propose([7, 1, 2, 1, 2], 5, sampler, generator) == (
+        [1, 2, 1, 2, 1],
+        None,
+    )  # a text that turns in circles
     assert draft.propose([1, 2, 3], 3, sampler, generator) == ([], None)
     assert draft.propose([1], 3, sampler, generator) == ([], None)
 

@@ -52,7 +52,7 @@ def test_every_family(family: str, index: int, tmp_path: Path) -> None:
 class Told:
     """A draft that knows the text, and says it as its first guess or, every third time, as its second."""
 
-    catching_up, repeatable, belief = 0.0, True, 0.7
+    catching_up, repeatable, belief, step = 0.0, True, 0.7, 0.1
 
     def __init__(self, text: list[int], width: int) -> None:
         self.text, self.width, self.seconds, self.turn = text, width, [], 0

@@ -32,7 +32,7 @@ class NGramDraft:
 
     catching_up = 0.0
     repeatable = True
-    belief = 0.45
+    belief, step = 0.45, 0.0
     seconds: Sequence[Second] = ()
 
     def __init__(self) -> None:
@@ -55,7 +55,10 @@ class NGramDraft:
                 longest, start = same, place
             if longest == LONGEST:
                 break
-        return (text[start : start + count] if longest else []), None
+        if not longest:
+            return [], None
+        period = len(text) - start  # where a run goes on past the end of the text, the text goes on as its own copy
+        return [text[start + i % period] for i in range(count)], None
 
     def _remember(self, text: list[int]) -> None:
         """Pairs that have something behind them in the text."""
@@ -73,7 +76,7 @@ class ModelDraft:
     """A small model with the target's tokenizer, resident, drawing under the same sampling as the target."""
 
     repeatable = True
-    belief = 0.7
+    belief, step = 0.7, 0.1
 
     def __init__(self, session: Session, vocab_size: int, close: Callable[[], None], width: int = 0) -> None:
         self.session, self.vocab_size, self.close, self.width = session, vocab_size, close, width
@@ -116,7 +119,7 @@ class SelfDraft:
 
     catching_up = 0.0
     repeatable = False
-    belief = 0.7
+    belief, step = 0.7, 0.3
 
     def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int, width: int = 0) -> None:
         self.decoder, self.kv, self.vocab_size, self.width = decoder, kv, vocab_size, width

@@ -13,20 +13,20 @@ from typing import Protocol
 
 import torch
 
+from .costs import FADE, Costs, expected_tokens
 from .judging import Second
 from .sampling import Sampler
 
 MOST_DRAFTED = 16
-FADE = 0.9  # of the past, in running means
 SECOND = 0.3  # believed of a second guess, where the first fell
 BELIEVED = 3.0  # so many tokens weighs what is believed of the acceptance of a draft not seen yet
 TRY_AGAIN = 48  # tokens without drafts, after which some are tried again; twice as many each time that it is in vain
 ENOUGH = 4  # drafted tokens judged before a draft is thought to be of no use
 LENT = 256  # tokens after which a draft whose memory was lent is looked at again; twice as many each time
-MOST_SURPRISE = 2.0  # times what a pass was expected to cost: what is above is taken for this
 TRIAL = 4  # tokens of such a trial, and of the first run
-SLOPES = {True: 0.02, False: 0.25}  # believed of one more token's price, in passes: does the target stream
-RIDGE = 1.0  # of what is believed of the slope, in squared tokens of spread: a run of five among ten passes weighs 1.4
+# Passes that one more token is believed to cost: where all is read anyway, where all is in memory, and where each
+# token asks for experts or neurons of its own.
+STREAMED, RESIDENT, ON_DEMAND = 0.02, 0.25, 0.5
 MAY_LOSE, AND_SHARE = 0.5, 0.01  # passes that drafts may lose in a text, and the share of its passes besides
 MOST_SPARE = 1.0  # passes gained that later losses are set against; and passes lost that must first be made good
 
@@ -36,14 +36,18 @@ class Draft(Protocol):
 
     `catching_up`: seconds of the last proposal that went into text that the draft had not read, such as the prompt, and
     that no later proposal will cost again. `repeatable`: the same text gets the same guesses, whatever memory holds.
-    `belief`: the acceptance to expect before any is seen. `seconds`: of the last proposal, a second guess for each of
+    `belief`: the acceptance to expect before any is seen, `step`: the passes of the target that a token is expected to
+    cost. `seconds`: of the last proposal, a second guess for each of
     its first places, where the draft is asked for them.
     """
 
     catching_up: float
     belief: float
+    step: float
     repeatable: bool
-    seconds: Sequence[Second]
+
+    @property
+    def seconds(self) -> Sequence[Second]: ...
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -77,63 +81,17 @@ class Lender(Protocol):
     def take_back(self) -> None: ...
 
 
-def expected_tokens(acceptance: float, drafted: int) -> float:
-    """Tokens a pass brings: (1 - a^(g + 1)) / (1 - a)."""
-    if acceptance >= 1:
-        return drafted + 1.0
-    return (1 - acceptance ** (drafted + 1)) / (1 - acceptance)
-
-
-def expected_speedup(acceptance: float, drafted: int, cost: float) -> float:
-    """Against plain decoding, with a draft step that costs `cost` of a target pass: the paper's Theorem 3.8."""
-    return expected_tokens(acceptance, drafted) / (drafted * cost + 1)
-
-
-@dataclass
-class Costs:
-    """Seconds of a pass over n tokens, as a line through running means: c (1 + slope (n - 1)).
-
-    Each run that was drafted moves the slope from what was believed of it (`slope` at first) towards the line, the
-    more the more its length differs from others': one stall is no slope. What a run costs is so not forgotten
-    where none was drafted for a while.
-    """
-
-    slope: float = 0.0
-    weight: float = 0.0
-    n: float = 0.0
-    seconds: float = 0.0
-    nn: float = 0.0
-    ns: float = 0.0
-
-    def add(self, n: int, seconds: float) -> None:
-        if self.weight > 2:  # somebody else's work on this machine shall not look like the price of a longer run
-            seconds = min(seconds, MOST_SURPRISE * self.of(n))
-        self.weight = FADE * self.weight + 1
-        for name, value in (("n", n), ("seconds", seconds), ("nn", n * n), ("ns", n * seconds)):
-            setattr(self, name, FADE * getattr(self, name) + value)
-        if n > 1:
-            mean_n = self.n / self.weight
-            spread = self.nn / self.weight - mean_n**2
-            each = (self.ns - mean_n * self.seconds) / self.weight / self.of(1)
-            self.slope = max(0.0, (each + RIDGE * self.slope) / (spread + RIDGE))
-
-    def of(self, n: int) -> float:
-        """The line at n."""
-        mean_n, mean = self.n / self.weight, self.seconds / self.weight
-        return mean * (1 + self.slope * (n - 1)) / (1 + self.slope * (mean_n - 1))
-
-
 @dataclass
 class Speculator:
     """Decides how many tokens to draft, and keeps the account. `fixed` is that number, None leaves it to the costs.
 
-    `streams`: a pass of the target reads, so one more token is believed to cost little until that is measured.
+    `slope`: passes that one more token of a pass is believed to cost, until that is measured.
     """
 
     draft: Draft
     name: str
     fixed: int | None = None
-    streams: bool = True
+    slope: float = STREAMED
     width: int = 0  # places at the front of a run that have a second guess
     drafted: int = 0
     accepted: int = 0
@@ -159,7 +117,7 @@ class Speculator:
     _costs: Costs = field(default_factory=Costs)
 
     def __post_init__(self) -> None:
-        self._costs.slope = SLOPES[self.streams]
+        self._costs.slope = self.slope
         self._kept, self._tried = self.draft.belief * BELIEVED, BELIEVED
 
     @property
@@ -226,7 +184,9 @@ class Speculator:
     @property
     def _a_draft(self) -> float:
         """Seconds of drafting a token."""
-        return self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
+        if self._draft_tokens:
+            return self._draft_seconds / self._draft_tokens
+        return self.draft.step * self._costs.of(1) if self._costs.weight else 0.0
 
     def _of_no_use(self, rate: float) -> bool:
         """Would plain decoding with the draft's memory be faster than `rate` tokens a second, the best beside it."""
@@ -258,8 +218,7 @@ class Speculator:
         self._idle = 0 if drafted else self._idle + 1
         self._since += self.lender is not None and self.lender.lent
         self._costs.add(drafted + 1 + wide, pass_seconds)
-        one = self._costs.of(1)
-        saved = accepted + rescued + 1 - (draft_seconds + pass_seconds) / one if drafted else 0.0
+        saved = accepted + rescued + 1 - (draft_seconds + pass_seconds) / self._costs.of(1) if drafted else 0.0
         self._spare = max(-MOST_SPARE, min(self._spare + AND_SHARE + saved, MOST_SPARE))
         if drafted:
             if self._trial:
