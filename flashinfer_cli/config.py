@@ -258,6 +258,8 @@ class RunConfig:
             raise UsageError("--speculate needs a draft.", "Give --draft MODEL or --draft ngram.")
         if not 0 <= self.draft_tree <= 16:
             raise UsageError(f"--draft-tree is {self.draft_tree}; it must be 0 to 16 places.")
+        if self.draft_tree and self.draft is None:
+            raise UsageError("--draft-tree needs a draft.", "Give --draft MODEL.")
         if self.window < 1:
             raise UsageError(f"--window is {self.window}; it must be at least 1 token.")
         if (self.io_threads is not None and self.io_threads < 1) or self.prefill_chunk < 1:

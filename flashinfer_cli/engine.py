@@ -380,7 +380,9 @@ def _with_draft(
             run = replace(run, context=min(need(opened.tokenizer), opened.config.max_position_embeddings))
         longest = small.config.max_position_embeddings or DEFAULT_CONTEXT
         context = min(run.context or DEFAULT_CONTEXT, longest)
-        resident = Engine(small, replace(run, draft=None, speculate="auto", stream="never", context=context))
+        resident = Engine(
+            small, replace(run, draft=None, speculate="auto", draft_tree=0, stream="never", context=context)
+        )
         draft = ModelDraft(resident.session(), resident.config.vocab_size, resident.close, run.draft_tree)
         if notify is not None:
             notify(f"draft {name}: {resident.plan}")

@@ -98,5 +98,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     write_folder(Decoder(shape).eval(), data.train_tokenizer(["a cat sat on a mat"], 300), tmp_path)
     with pytest.raises(UsageError, match="Mixture-of-Depths"):
         fc.load(tmp_path, draft="self", draft_tree=1)
+    with pytest.raises(UsageError, match="needs a draft"):
+        RunConfig(draft_tree=2)
     with pytest.raises(UsageError, match="draft-tree is 17"):
         RunConfig(draft_tree=17)
