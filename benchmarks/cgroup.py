@@ -10,10 +10,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+_numbers = count()
 
 
 class CappedError(RuntimeError):
@@ -32,15 +35,16 @@ def _own_group(controller: str) -> str:
 def group(limit: int) -> Iterator[Path]:
     """A fresh memory cgroup of `limit` bytes; whatever still runs in it is killed at the end."""
     v1 = Path("/sys/fs/cgroup/memory")
+    name = f"benchmark-{os.getpid()}-{next(_numbers)}"
     try:
         if v1.is_dir():
-            folder = Path(f"{v1}{_own_group('memory')}") / f"benchmark-{os.getpid()}"
+            folder = Path(f"{v1}{_own_group('memory')}") / name
             folder.mkdir()
             (folder / "memory.limit_in_bytes").write_text(str(limit))
         else:
             root = Path("/sys/fs/cgroup")
             (root / "cgroup.subtree_control").write_text("+memory")
-            folder = root / f"benchmark-{os.getpid()}"
+            folder = root / name
             folder.mkdir()
             (folder / "memory.max").write_text(str(limit))
     except OSError as error:
@@ -132,3 +136,37 @@ def run_capped(
             raise CappedError(f"killed for its memory ({kills} kills)" if kills else f"exit {done.returncode}: {last}")
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return found | {"peak_charge": peak, "oom_kills": kills}
+
+
+@contextmanager
+def asked(command: Sequence[str], limit: int, cold: Sequence[Path]) -> Iterator[Callable[[Any], dict[str, Any]]]:
+    """A process under a cap that answers lines of JSON with lines of JSON, one at a time; yields what asks it.
+
+    Several may be alive at once, each under a cap of its own, so that they can take turns. CappedError where one ends.
+    """
+    make_cold(cold)
+    with group(limit) as folder:
+
+        def enter() -> None:
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, preexec_fn=enter
+        )
+        assert process.stdin is not None and process.stdout is not None
+        to, back = process.stdin, process.stdout
+
+        def ask(question: Any) -> dict[str, Any]:
+            to.write(json.dumps(question) + "\n")
+            to.flush()
+            line = back.readline()
+            if not line:
+                raise CappedError(f"The process ended ({_kills(folder)} kills for its memory).")
+            found: dict[str, Any] = json.loads(line)
+            return found | {"peak_charge": _peak(folder), "oom_kills": _kills(folder)}
+
+        try:
+            yield ask
+        finally:
+            to.close()
+            process.wait(60)

@@ -1,24 +1,31 @@
 """Figures of 2211.17192 where weights stream: drafts against plain decoding, each in a memory cgroup, its files cold.
 
-    python -m benchmarks.papers speculative CASE... [--target T] [--draft D] [--share 0.5] [--tokens N]
+    python -m benchmarks.papers speculative CASE... [--target T] [--draft D] [--share 0.5] [--tokens N] [--repeat R]
 
     zoo    stories-relu with stories-draft, in memory: greedy text of many prompts compared, tokens a pass, speed
+    ngram  the zoo's models in memory with the text itself as draft, which ought to cost nothing
     code   --target with --draft on the beginnings of programs
     edit   --target with the text itself as draft (ngram), on a program to be written again with small changes
-    mixed  ten prompts of all kinds, `auto`: with --draft, and with ngram
+    mixed  ten prompts of all kinds, `auto`: with --draft, or with ngram
+    ids    --target with --draft (ngram, self, ...), one prompt of ids that repeat themselves and one of random ids
     window stories-relu: where the window of neurons should end behind a run that was checked, replayed
     moe    stories-moe with half of its experts in memory: drafts by stories-draft, by what is resident, by the text
 
-`speedup` is decoding (all tokens behind the first) against decoding without drafts under the same cap, prompt by
-prompt and over all. A draft's memory is part of the cap, so plain decoding keeps more of the target.
+`speedup` is decoding (all tokens behind the first) against decoding without drafts under the same cap. A draft's memory
+is part of the cap, so plain decoding keeps more of the target: it has a process and a cap of its own, and both
+take turns, prompt by prompt and R times each, the one or the other first. Each run starts with no knowledge of
+drafts. A prompt's speedup is median by median; `spread` is (slowest - fastest) / median of its plain runs, so a
+ratio that is nearer to 1 than that says nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,89 +34,135 @@ from . import cgroup, machine
 from .peers import MOST, weight_bytes
 from .speculative_prompts import CODE, EDIT, MIXED
 
+CONTEXT = 1024
 
-def decode(engine: Any, prompt: str, tokens: int) -> dict[str, Any]:
-    """Greedy tokens of a prompt, and the seconds that those behind the first took."""
+
+def forget(engine: Any) -> None:
+    """Let a speculator know as little as that of a new process."""
+    from flashinfer_cli.decoding.drafts import ModelDraft
+    from flashinfer_cli.decoding.speculative import Speculator
+
+    old = engine.speculator
+    if old is None:
+        return
+    if old.lender is not None and old.lender.lent:
+        old.lender.take_back()
+    if isinstance(old.draft, ModelDraft):
+        old.draft.session.trim(0)
+    engine.speculator = Speculator(old.draft, old.name, old.fixed, old.slope, old.width, lender=old.lender)
+
+
+def decode(engine: Any, prompt: Any, tokens: int) -> dict[str, Any]:
+    """Greedy tokens of a prompt, the seconds that those behind the first took, and what drafts did."""
     from flashinfer_cli.config import SamplingParams
 
     ids, begin = [], 0.0
     for event in engine.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)):
         begin = begin or time.perf_counter()
         ids.append(event.token_id)
-    return {"ids": ids, "seconds": time.perf_counter() - begin}
+    seconds = time.perf_counter() - begin
+    said = None if engine.speculator is None else engine.speculator.report()
+    return {"ids": ids, "seconds": seconds, "speculation": said}
 
 
-def worker(given: dict[str, Any]) -> dict[str, Any]:
-    """Load once, and run the prompts with each of `drafts`: "plain" beside whatever the model was loaded with."""
+def worker(given: dict[str, Any]) -> None:
+    """Load once; then, a line each, run a prompt, without drafts where the line says `plain`."""
     import flashinfer_cli as fc
 
-    options = {"memory": given["memory"], "context": given["context"]}
-    if given["draft"] is not None:
-        options |= {"draft": given["draft"], "speculate": given["speculate"]}
-    with fc.load(given["model"], **options) as engine:
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in given["modes"]}
-        speculator = engine.speculator
-        for prompt in given["prompts"]:
-            for name in given["modes"]:
-                engine.speculator = None if name == "plain" else speculator
-                runs[name].append(decode(engine, prompt, given["tokens"]))
-        engine.speculator = speculator
-        report = engine.report()
+    with fc.load(given.pop("model"), context=CONTEXT, **given) as engine:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            before = engine.report().decode
+            forget(engine)
+            speculator = engine.speculator
+            if asked["plain"]:
+                engine.speculator = None
+            found = decode(engine, asked["prompt"], asked["tokens"])
+            engine.speculator = speculator
+            after = engine.report().decode
+            made = max(1, len(found["ids"]) - 1)
+            found["read_a_token"] = (after.bytes_read - before.bytes_read) / made
+            found["wait_a_token"] = (after.wait_seconds - before.wait_seconds) / made
+            print(json.dumps(found | {"plan": str(engine.plan)}), flush=True)
+
+
+def compare(case: str, draft: str, prompts: list[tuple[int, Any]], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each prompt, and one over all: plain decoding and drafted in turns, in one process where the draft
+    takes no memory, else in one each."""
+    path, speculate, repeat = Path(given.target), given.speculate, given.repeat
+    cap = None if given.share >= 1 else int(given.share * weight_bytes(path))
+    memory = None if cap is None else int(MOST * cap)
+    cold = [path for path in (path, Path(draft)) if path.exists()]
+    with ExitStack() as stack:
+
+        def started(options: dict[str, Any]) -> Any:
+            asked = json.dumps({"model": given.target, "memory": memory} | options)
+            command = [sys.executable, "-m", "benchmarks.speculative", "--worker", asked]
+            return stack.enter_context(cgroup.asked(command, cap or 1 << 40, cold))
+
+        drafting = started({"draft": draft, "speculate": speculate, "draft_tree": given.tree})
+        plain = drafting if draft in ("ngram", "self") else started({})
+        base = {"case": case, "model": path.name or given.target, "draft": Path(draft).name, "speculate": speculate,
+                "cap": cap, "share": given.share, "repeat": repeat, "tree": given.tree}  # fmt: skip
+        rows = []
+        for number, prompt in prompts:
+            runs: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+            for turn in range(repeat):
+                for kind in (True, False) if (turn + number) % 2 == 0 else (False, True):
+                    ask = plain if kind else drafting
+                    runs[kind].append(ask({"prompt": prompt, "tokens": given.tokens, "plain": kind}))
+            rows.append(base | {"prompt": number} | row_of(runs[True], runs[False]))
+            show(rows[-1])
+    each = sorted(row["speedup"] for row in rows)
+    made = sum(row["tokens"] for row in rows)
+    over_all = base | {
+        "prompts": len(rows), "plain_tok_s": made / sum(row["tokens"] / row["plain_tok_s"] for row in rows),
+        "tok_s": made / sum(row["tokens"] / row["tok_s"] for row in rows), "worst": each[0], "median": median(each),
+    }  # fmt: skip
+    over_all["speedup"] = over_all["tok_s"] / over_all["plain_tok_s"]
+    print(
+        f"{case} over {len(rows)} prompts: {over_all['speedup']:.2f}x, worst {each[0]:.2f}, median "
+        f"{median(each):.2f}, best {each[-1]:.2f}",
+        flush=True,
+    )
+    return [*rows, over_all]
+
+
+def row_of(plain: list[dict[str, Any]], drafted: list[dict[str, Any]]) -> dict[str, Any]:
+    """What runs of one prompt say."""
+    before, after = (sorted(run["seconds"] for run in runs) for runs in (plain, drafted))
+    made, last = len(plain[0]["ids"]) - 1, drafted[-1]
     return {
-        "runs": runs, "speculation": report.speculation, "plan": str(engine.plan), "peak_bytes": report.peak,
-        "passes": report.decode.passes, "read_bytes": report.decode.bytes_read,
-        "compute_s": report.decode.compute_seconds, "wait_s": report.decode.wait_seconds,
+        "tokens": made, "plain_tok_s": made / median(before), "tok_s": made / median(after),
+        "speedup": median(before) / median(after), "spread": (before[-1] - before[0]) / median(before),
+        "drafted_spread": (after[-1] - after[0]) / median(after),
+        "pairs": [a["seconds"] / b["seconds"] for a, b in zip(plain, drafted, strict=True)],
+        "same_text": all(a["ids"] == plain[0]["ids"] for a in (*plain, *drafted)),
+        "plain_read_a_token": plain[-1]["read_a_token"], "read_a_token": last["read_a_token"],
+        "plain_wait_a_token": plain[-1]["wait_a_token"], "wait_a_token": last["wait_a_token"],
+        "plain_plan": plain[-1]["plan"], "plan": last["plan"], "peak_charge": last["peak_charge"],
+        "speculation": last["speculation"],
     }  # fmt: skip
-
-
-def capped(given: dict[str, Any], cap: int | None, cold: list[Path]) -> dict[str, Any]:
-    """`worker` in a process of its own, under a cap or with all the memory there is."""
-    given = given | {"memory": None if cap is None else int(MOST * cap)}
-    command = [sys.executable, "-m", "benchmarks.speculative", "--worker", json.dumps(given)]
-    env = {"PYTHONPATH": str(Path(__file__).parents[1])}
-    return cgroup.run_capped(command, cap or 1 << 40, cold, env=env, timeout=1800)
-
-
-def compare(
-    case: str, target: str, draft: str | None, prompts: list[str], share: float, tokens: int, speculate: str
-) -> dict[str, Any]:
-    """One row: plain decoding and drafted, in processes of their own unless one will do (ngram takes no memory)."""
-    path = Path(target)
-    cap = None if share >= 1 else int(share * weight_bytes(path))
-    together = draft == "ngram"
-    base = {"model": target, "prompts": prompts, "tokens": tokens, "context": 1024, "speculate": speculate}
-    cold = [path for path in (path, Path(draft or "")) if path.is_dir() or path.is_file()]
-    drafted = capped(base | {"draft": draft, "modes": ["plain", "drafted"] if together else ["drafted"]}, cap, cold)
-    plain = drafted if together else capped(base | {"draft": None, "modes": ["plain"]}, cap, cold)
-    pairs = list(zip(plain["runs"]["plain"], drafted["runs"]["drafted"], strict=True))
-    made = sum(len(a["ids"]) - 1 for a, _ in pairs)
-    row = {
-        "case": case, "model": path.name or target, "draft": Path(draft or "none").name, "speculate": speculate,
-        "cap": cap, "share": share, "prompts": len(prompts), "tokens": tokens,
-        "plain_tok_s": made / sum(a["seconds"] for a, _ in pairs),
-        "tok_s": made / sum(b["seconds"] for _, b in pairs),
-        "speedups": [a["seconds"] / b["seconds"] for a, b in pairs],
-        "same_text": sum(a["ids"] == b["ids"] for a, b in pairs),
-        "plan": drafted["plan"], "plain_plan": plain["plan"], "peak_charge": drafted["peak_charge"],
-        "compute_s": drafted["compute_s"], "wait_s": drafted["wait_s"], "passes": drafted["passes"],
-        "speculation": drafted["speculation"],
-    }  # fmt: skip
-    row["speedup"] = row["tok_s"] / row["plain_tok_s"]
-    show(row)
-    return row
 
 
 def show(row: dict[str, Any]) -> None:
     said = row["speculation"]
-    each = sorted(row["speedups"])
-    worst = f", prompts {each[0]:.2f} / {median(each):.2f} / {each[-1]:.2f}x" if len(each) > 1 else ""
     print(
-        f"{row['case']:6} {row['model']} + {row['draft']} ({row['speculate']}): {row['plain_tok_s']:.2f} -> "
-        f"{row['tok_s']:.2f} tok/s, {row['speedup']:.2f}x{worst}; {said['acceptance']:.0%} of the drafted stand, "
-        f"{said['tokens_per_pass']:.2f} tokens a pass, {said['mean_length']:.1f} drafted, same text "
-        f"{row['same_text']}/{row['prompts']}; {row['plan']}",
+        f"{row['case']:6} {row['model']} + {row['draft']} ({row['speculate']}), prompt {row['prompt']}: "
+        f"{row['plain_tok_s']:.2f} -> {row['tok_s']:.2f} tok/s, {row['speedup']:.2f}x "
+        f"({' '.join(f'{pair:.2f}' for pair in row['pairs'])}; plain spread {row['spread']:.0%}); "
+        f"{said['drafted']} drafted, {said['acceptance']:.0%} stand, {said['tokens_per_pass']:.2f} tokens a pass, "
+        f"{row['plain_read_a_token'] / 1e6:.0f} -> {row['read_a_token'] / 1e6:.0f} MB read a token, "
+        f"{'same text' if row['same_text'] else 'OTHER TEXT'}",
         flush=True,
     )
+
+
+def of_ids() -> list[list[int]]:
+    """Prompts for models of random weights: a phrase again and again, and none."""
+    draw = random.Random(1)
+    phrase = [draw.randrange(5, 1000) for _ in range(8)]
+    return [phrase * 6, [draw.randrange(5, 1000) for _ in range(48)]]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,10 +174,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--speculate", default="auto")
     parser.add_argument("--prompts", type=int, help="take only so many")
+    parser.add_argument("--only", type=int, nargs="+", help="take only the prompts of these numbers, from 0")
+    parser.add_argument("--tree", type=int, default=0, help="places that have a second guess")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each kind, in turns")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.worker:
-        sys.stdout.write(json.dumps(worker(json.loads(given.worker))) + "\n")
+        worker(json.loads(given.worker))
         return
     rows = []
     for case in given.cases or ["zoo"]:
@@ -133,22 +189,23 @@ def main(arguments: list[str] | None = None) -> None:
 
             rows += speculative_window.run(given.tokens, given.prompts)
             continue
-        if case in ("zoo", "moe"):
+        if case in ("zoo", "ngram", "moe"):
             from . import speculative_zoo
 
-            rows += speculative_zoo.run(case, given.tokens, given.prompts)
+            rows += speculative_zoo.run(case, given.tokens, given.prompts, given.repeat)
             continue
         if given.target is None:
             parser.error(f"{case} needs --target")
         prompts, drafts = {
             "code": (CODE, [given.draft]),
             "edit": (EDIT, ["ngram"]),
-            "mixed": (MIXED, [given.draft, "ngram"]),
+            "mixed": (MIXED, [given.draft] if given.draft else ["ngram"]),
+            "ids": (of_ids(), [given.draft or "ngram"]),
         }[case]
+        numbered = [*enumerate(prompts)]
+        some = [numbered[i] for i in given.only] if given.only else numbered[: given.prompts]
         for draft in drafts:
-            if draft is not None:
-                some = prompts[: given.prompts]
-                rows.append(compare(case, given.target, draft, some, given.share, given.tokens, given.speculate))
+            rows += compare(case, draft, some, given)
     machine.emit("speculative", rows)
 
 

@@ -210,6 +210,7 @@ class RunConfig:
     prefill_chunk: int = 512  # most tokens of a prompt that go through the layers at once
     draft: str | None = None  # a small model with the same tokenizer, or "ngram"
     speculate: str = "auto"  # tokens to draft: a number, auto (by measured costs), off
+    draft_tree: int = 0  # places at the front of a run for which the draft's second guess is checked too
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
@@ -256,6 +257,10 @@ class RunConfig:
             raise UsageError(f"--speculate is '{self.speculate}', which is none of auto, off, 1 to 16.")
         if self.speculate.isdigit() and self.draft is None:
             raise UsageError("--speculate needs a draft.", "Give --draft MODEL or --draft ngram.")
+        if not 0 <= self.draft_tree <= 16:
+            raise UsageError(f"--draft-tree is {self.draft_tree}; it must be 0 to 16 places.")
+        if self.draft_tree and self.draft is None:
+            raise UsageError("--draft-tree needs a draft.", "Give --draft MODEL.")
         if self.window < 1:
             raise UsageError(f"--window is {self.window}; it must be at least 1 token.")
         if (self.io_threads is not None and self.io_threads < 1) or self.prefill_chunk < 1:

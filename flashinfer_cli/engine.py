@@ -19,8 +19,9 @@ from .config import DEFAULT_CONTEXT, MEASURED_MODEL, SMALL_MODEL, ModelConfig, R
 from .decoding.chat import ChatSession
 from .decoding.drafts import ModelDraft, NGramDraft, SelfDraft, check_same_ids
 from .decoding.generate import Session, TokenEvent, check_ids, generate
+from .decoding.judging import check_tree
 from .decoding.lending import Lending
-from .decoding.speculative import MOST_DRAFTED, Draft, Speculator
+from .decoding.speculative import MOST_DRAFTED, ON_DEMAND, RESIDENT, STREAMED, Draft, Speculator
 from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
 from .kernels import select
 from .kernels.warm import ensure_compiled, is_compiled
@@ -368,6 +369,8 @@ def _with_draft(
     the process as the plan sees it."""
     name = run.draft
     assert name is not None
+    if run.draft_tree:
+        check_tree(opened.config, name)
     draft: Draft = NGramDraft()
     resident: Engine | None = None
     if name not in ("ngram", "self"):
@@ -377,26 +380,32 @@ def _with_draft(
             run = replace(run, context=min(need(opened.tokenizer), opened.config.max_position_embeddings))
         longest = small.config.max_position_embeddings or DEFAULT_CONTEXT
         context = min(run.context or DEFAULT_CONTEXT, longest)
-        resident = Engine(small, replace(run, draft=None, speculate="auto", stream="never", context=context))
-        draft = ModelDraft(resident.session(), resident.config.vocab_size, resident.close)
+        resident = Engine(
+            small, replace(run, draft=None, speculate="auto", draft_tree=0, stream="never", context=context)
+        )
+        draft = ModelDraft(resident.session(), resident.config.vocab_size, resident.close, run.draft_tree)
         if notify is not None:
             notify(f"draft {name}: {resident.plan}")
     fixed = int(run.speculate) if run.speculate.isdigit() else None
-    run = replace(run, logit_rows=(fixed or MOST_DRAFTED) + 1)  # a pass gives a row for each token that it checks
+    run = replace(
+        run, logit_rows=(fixed or MOST_DRAFTED) + run.draft_tree + 1
+    )  # a pass gives a row for each token that it checks
     try:
         found = Engine(opened, run, notify=notify, need=need, progress=progress)
     except BaseException:
         draft.close()
         raise
     if name == "self":
-        draft = SelfDraft(found.decoder, found._kv, found.config.vocab_size)
+        draft = SelfDraft(found.decoder, found._kv, found.config.vocab_size, run.draft_tree)
         if not draft.able:
             found.close()
             raise UsageError(
                 "There is not enough memory for the model to draft for itself: its head has to stay.",
                 "Give more --memory, or take --draft ngram.",
             )
-    found.speculator = Speculator(draft, name, fixed)
+    on_demand = ON_DEMAND if found.experts is not None or found.neurons is not None else STREAMED
+    slope = RESIDENT if found.plan.everything_fits else on_demand
+    found.speculator = Speculator(draft, name, fixed, slope, run.draft_tree)
     # where all streams by order, or nothing does, or what a pass streams is not known before, there is nothing to lend
     if resident is not None and resident.neurons is None and run.stream == "auto" and found.decoder.streamed:
         found.speculator.lender = Lending(found.decoder, resident.decoder)

@@ -65,6 +65,12 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         self.length += tokens
 
+    def move(self, source: int, place: int) -> None:
+        """Copy one position's keys and values to another, where no layer may be skipped."""
+        assert not self._positions
+        for kept in (*self.keys, *self.values):
+            kept[:, place] = kept[:, source]
+
     def trim(self, length: int) -> None:
         """Forget everything from position `length` on."""
         assert 0 <= length <= self.length

@@ -155,6 +155,17 @@ class RunOptions:
             help="Tokens to draft at once: 1 to 16, auto by what drafting and checking cost, off.",
         ),
     ] = RunConfig.speculate
+    draft_tree: Annotated[
+        int,
+        typer.Option(
+            "--draft-tree",
+            min=0,
+            max=16,
+            metavar="N",
+            rich_help_panel=MEMORY,
+            help="Check the draft's second guess too, at so many places at the front of a run.",
+        ),
+    ] = RunConfig.draft_tree
     exact: Annotated[
         bool,
         typer.Option(

@@ -58,6 +58,8 @@ def _speculation(said: Mapping[str, Any]) -> Table:
         "lent its memory": f"{said['times_lent']} times" if said["times_lent"] else "never",
         "speed against plain": f"{said['estimated_speedup']:.2f}, estimated",
     }
+    if said["second_guesses"]:
+        pairs["second guesses that stand"] = f"{said['rescued']}, checked at {said['second_guesses']} places of a run"
     return facts("Drafts", pairs)
 
 

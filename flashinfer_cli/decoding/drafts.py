@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from ..errors import UsageError
+from .judging import Second
 from .sampling import Sampler
 
 if TYPE_CHECKING:
@@ -20,28 +20,53 @@ if TYPE_CHECKING:
 
 AT_ONCE = 32  # tokens that a draft reads as decoding; more are a prompt
 LONGEST, SHORTEST = 6, 2  # tokens of a suffix that is looked for
+LOOKED_AT = 64  # places of its last pair, the latest first
 
 
 class NGramDraft:
     """Prompt lookup: what followed when the last few tokens stood in the text before. No model, nothing read.
 
-    The longest suffix that occurs earlier decides, its latest occurrence first.
+    The longest suffix that occurs earlier decides, its latest occurrence first. Where each pair of tokens stood is
+    kept from call to call, so that a token costs microseconds in a text of any length.
     """
 
     catching_up = 0.0
     repeatable = True
+    belief, step = 0.45, 0.0
+    seconds: Sequence[Second] = ()
+
+    def __init__(self) -> None:
+        self._read: list[int] = []
+        self._behind: dict[tuple[int, int], list[int]] = {}  # a pair: the places behind it, in order
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor | None]:
-        text = np.asarray(ids, np.int64)
-        for length in range(min(LONGEST, len(text) - 1), SHORTEST - 1, -1):
-            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)
-            found = np.flatnonzero((windows == text[-length:]).all(axis=1))
-            if len(found):
-                start = int(found[-1]) + length
-                return text[start : start + count].tolist(), None
-        return [], None
+        text = list(ids)
+        if len(text) <= SHORTEST:
+            return [], None
+        self._remember(text)
+        longest, start = 0, 0
+        for place in self._behind.get((text[-2], text[-1]), [])[: -LOOKED_AT - 1 : -1]:
+            same = SHORTEST
+            while same < min(LONGEST, place) and text[place - 1 - same] == text[-1 - same]:
+                same += 1
+            if same > longest:
+                longest, start = same, place
+            if longest == LONGEST:
+                break
+        if not longest:
+            return [], None
+        period = len(text) - start  # where a run goes on past the end of the text, the text goes on as its own copy
+        return [text[start + i % period] for i in range(count)], None
+
+    def _remember(self, text: list[int]) -> None:
+        """Pairs that have something behind them in the text."""
+        if text[: len(self._read)] != self._read:
+            self._read, self._behind = [], {}
+        for place in range(max(SHORTEST, len(self._read)), len(text)):
+            self._behind.setdefault((text[place - 2], text[place - 1]), []).append(place)
+        self._read = text
 
     def close(self) -> None:
         return
@@ -51,9 +76,11 @@ class ModelDraft:
     """A small model with the target's tokenizer, resident, drawing under the same sampling as the target."""
 
     repeatable = True
+    belief, step = 0.7, 0.1
 
-    def __init__(self, session: Session, vocab_size: int, close: Callable[[], None]) -> None:
-        self.session, self.vocab_size, self.close = session, vocab_size, close
+    def __init__(self, session: Session, vocab_size: int, close: Callable[[], None], width: int = 0) -> None:
+        self.session, self.vocab_size, self.close, self.width = session, vocab_size, close, width
+        self.seconds: list[Second] = []
         self.catching_up = 0.0
 
     def propose(
@@ -74,10 +101,10 @@ class ModelDraft:
         self.catching_up = time.perf_counter() - begin if len(behind) > AT_ONCE else 0.0
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
+        self.seconds = []
         for index in range(count):
-            q = sampler.probs(logits[-1].float().cpu()[: self.vocab_size], [*ids, *drafted])
-            drafted.append(sampler.sample(q, generator))
-            rows.append(q)
+            row = logits[-1].float().cpu()[: self.vocab_size]
+            drafted.append(_guess(row, [*ids, *drafted], sampler, generator, rows, self.seconds, self.width))
             if index + 1 < count:
                 logits = session.verify([drafted[-1]], "last")
         return drafted, torch.stack(rows)
@@ -92,9 +119,11 @@ class SelfDraft:
 
     catching_up = 0.0
     repeatable = False
+    belief, step = 0.7, 0.3
 
-    def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int) -> None:
-        self.decoder, self.kv, self.vocab_size = decoder, kv, vocab_size
+    def __init__(self, decoder: Decoder, kv: KVCache, vocab_size: int, width: int = 0) -> None:
+        self.decoder, self.kv, self.vocab_size, self.width = decoder, kv, vocab_size, width
+        self.seconds: list[Second] = []
 
     @property
     def able(self) -> bool:
@@ -111,6 +140,7 @@ class SelfDraft:
             return [], None
         drafted: list[int] = []
         rows: list[torch.Tensor] = []
+        self.seconds = []
         mode = self.decoder.rt.mode
         mode.decoding = mode.here = True
         try:
@@ -119,9 +149,8 @@ class SelfDraft:
                     last = torch.tensor([drafted[-1] if drafted else ids[-1]], device=self.kv.keys[0].device)
                     logits = self.decoder.forward(last, self.kv)
                     assert logits is not None
-                    q = sampler.probs(logits[-1].float().cpu()[: self.vocab_size], [*ids, *drafted])
-                    drafted.append(sampler.sample(q, generator))
-                    rows.append(q)
+                    row = logits[-1].float().cpu()[: self.vocab_size]
+                    drafted.append(_guess(row, [*ids, *drafted], sampler, generator, rows, self.seconds, self.width))
         finally:
             mode.here = False
             self.kv.trim(start)
@@ -129,6 +158,23 @@ class SelfDraft:
 
     def close(self) -> None:
         return
+
+
+def _guess(
+    logits: torch.Tensor, before: Sequence[int], sampler: Sampler, generator: torch.Generator,
+    rows: list[torch.Tensor], seconds: list[Second], width: int,
+) -> int:  # fmt: skip
+    """A token by logits [V], its probabilities added to `rows`; and to `seconds`, for the first `width`, what the draft
+    would say if that token were none of its vocabulary."""
+    q = sampler.probs(logits, before)
+    token = sampler.sample(q, generator)
+    if len(rows) < width:
+        others = logits.clone()
+        others[token] = -torch.inf
+        second = sampler.probs(others, before)
+        seconds.append((sampler.sample(second, generator), second))
+    rows.append(q)
+    return token
 
 
 def check_same_ids(target: Tokenizer, draft: Tokenizer, name: str) -> None:

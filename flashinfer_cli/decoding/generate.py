@@ -18,8 +18,9 @@ from ..config import SamplingParams
 from ..errors import ContextError, UsageError
 from ..models.decoder import Decoder
 from ..report import Recorder
+from .judging import accept_tree
 from .sampling import Sampler, make_sampler
-from .speculative import Speculator, accept
+from .speculative import Speculator
 from .stopping import StopMatcher
 
 FinishReason = Literal["stop", "length"]
@@ -86,17 +87,29 @@ class Session:
         return logits[-1]
 
     def verify(
-        self, tokens: Sequence[int], logits: Literal["last", "all"] = "all", *, more: bool = False
+        self, tokens: Sequence[int], logits: Literal["last", "all"] = "all", *, beside: int = 0, more: bool = False
     ) -> torch.Tensor:
         """Run tokens as while decoding, each to the bits it would have alone; logits [n, V], or [1, V] of the last.
 
-        They count as decoded once the caller says how many stand (`emitted`).
+        The last `beside` tokens are second guesses at the second place, the third, ... (`take_beside`). Tokens count as
+        decoded once the caller says how many stand (`emitted`).
         """
-        with self._phase("decode", 0):
-            out = self._run(list(tokens), logits, 0, [True] if more else [])
+        mode = self.decoder.rt.mode
+        mode.beside = beside
+        try:
+            with self._phase("decode", 0):
+                out = self._run(list(tokens), logits, 0, [True] if more else [])
+        finally:
+            mode.beside = 0
         assert out is not None
         self.check(out)
         return out
+
+    def take_beside(self, source: int, place: int) -> None:
+        """Put the token at `source`, a second guess, where it belongs, and forget what is behind it."""
+        self.kv.move(source, place)
+        self.ids[place] = self.ids[source]
+        self.trim(place + 1)
 
     def emitted(self, tokens: int) -> None:
         """Count tokens that verified passes brought."""
@@ -219,34 +232,48 @@ def _tokens(
     token = sampler.sample(sampler.probs(logits.float().cpu(), session.ids), generator)
     yield token
     made = 1
+    if speculator is not None:
+        speculator.begin()
     while made < limit:
         context = [*session.ids, token]
-        if speculator is None:
+        begin = time.perf_counter()
+        drafted: list[int] = []
+        if speculator is not None:
+            count = speculator.choose(limit - made - 1, repeatable)
+            if count and (speculator.draft.repeatable or not repeatable):  # else a seed's text would hang on memory
+                drafted, q = speculator.draft.propose(context, count, sampler, generator)
+        drafted_in, begin = time.perf_counter() - begin, time.perf_counter()
+        if not drafted:
             logits = session.step(token, more=made + 1 < limit)
+            spent = time.perf_counter() - begin
             token = sampler.sample(sampler.probs(logits.float().cpu(), context), generator)
+            if speculator is not None:
+                speculator.note(0, 0, 0.0, spent)
             yield token
             made += 1
             continue
-        begin = time.perf_counter()
-        count = speculator.choose(limit - made - 1, repeatable)
-        if repeatable and not speculator.draft.repeatable:
-            count = 0  # what a seed gives would depend on what is in memory
-        drafted, q = speculator.draft.propose(context, count, sampler, generator) if count else ([], None)
-        if count and not drafted:
-            speculator.missed()
-        drafted_in, begin = time.perf_counter() - begin, time.perf_counter()
-        drafted_in -= speculator.draft.catching_up if drafted else 0.0
-        rows = session.verify([token, *drafted], more=made + 1 < limit).float().cpu()
-        seconds = time.perf_counter() - begin
-        p = [sampler.probs(row, [*context, *drafted[:i]]) for i, row in enumerate(rows)]
-        kept, token = accept(p, drafted, q, sampler, generator)
-        session.trim(len(context) + kept)
-        session.emitted(kept + 1)
-        speculator.note(len(drafted), kept, drafted_in, seconds)
-        for index, one in enumerate((*drafted[:kept], token)):
+        assert speculator is not None
+        drafted_in -= speculator.draft.catching_up
+        held, run = session.kv.length, 1 + len(drafted)
+        seconds = speculator.draft.seconds[: max(0, session.kv.capacity - held - run)]
+        paths = [drafted[:i] for i in range(run)] + [[*drafted[:i], second] for i, (second, _) in enumerate(seconds)]
+        asked = [token, *drafted, *(second for second, _ in seconds)]
+        rows = session.verify(asked, beside=len(seconds), more=made + 1 < limit).float().cpu()
+        spent = time.perf_counter() - begin
+        p = [sampler.probs(row, [*context, *path]) for row, path in zip(rows, paths, strict=True)]
+        kept, rescued, token = accept_tree(p, drafted, q, seconds, sampler, generator)
+        stands = drafted[:kept]
+        if rescued:
+            session.take_beside(held + run + kept, held + 1 + kept)
+            stands = paths[run + kept]
+        else:
+            session.trim(len(context) + kept)
+        session.emitted(len(stands) + 1)
+        speculator.note(len(drafted), kept, drafted_in, spent, len(seconds), rescued)
+        for index, one in enumerate((*stands, token)):
             try:
                 yield one
             except GeneratorExit:  # stopped inside a run: what stands behind was never said
                 session.trim(len(context) + index)
                 raise
-        made += kept + 1
+        made += len(stands) + 1

@@ -13,16 +13,22 @@ from typing import Protocol
 
 import torch
 
+from .costs import FADE, Costs, expected_tokens
+from .judging import Second
 from .sampling import Sampler
 
 MOST_DRAFTED = 16
-FADE = 0.9  # of the past, in running means
-BELIEF, BELIEVED = 0.7, 3.0  # the acceptance believed of a draft not seen yet, with the weight of so many tokens
+SECOND = 0.3  # believed of a second guess, where the first fell
+BELIEVED = 3.0  # so many tokens weighs what is believed of the acceptance of a draft not seen yet
 TRY_AGAIN = 48  # tokens without drafts, after which some are tried again; twice as many each time that it is in vain
 ENOUGH = 4  # drafted tokens judged before a draft is thought to be of no use
 LENT = 256  # tokens after which a draft whose memory was lent is looked at again; twice as many each time
-MOST_SURPRISE = 2.0  # times what a pass was expected to cost: what is above is taken for this
 TRIAL = 4  # tokens of such a trial, and of the first run
+# Passes that one more token is believed to cost: where all is read anyway, where all is in memory, and where each
+# token asks for experts or neurons of its own.
+STREAMED, RESIDENT, ON_DEMAND = 0.02, 0.25, 0.5
+MAY_LOSE, AND_SHARE = 0.5, 0.01  # passes that drafts may lose in a text, and the share of its passes besides
+MOST_SPARE = 1.0  # passes gained that later losses are set against; and passes lost that must first be made good
 
 
 class Draft(Protocol):
@@ -30,10 +36,18 @@ class Draft(Protocol):
 
     `catching_up`: seconds of the last proposal that went into text that the draft had not read, such as the prompt, and
     that no later proposal will cost again. `repeatable`: the same text gets the same guesses, whatever memory holds.
+    `belief`: the acceptance to expect before any is seen, `step`: the passes of the target that a token is expected to
+    cost. `seconds`: of the last proposal, a second guess for each of
+    its first places, where the draft is asked for them.
     """
 
     catching_up: float
+    belief: float
+    step: float
     repeatable: bool
+
+    @property
+    def seconds(self) -> Sequence[Second]: ...
 
     def propose(
         self, ids: Sequence[int], count: int, sampler: Sampler, generator: torch.Generator
@@ -67,96 +81,44 @@ class Lender(Protocol):
     def take_back(self) -> None: ...
 
 
-def accept(
-    target: Sequence[torch.Tensor], drafted: Sequence[int], q: torch.Tensor | None, sampler: Sampler,
-    generator: torch.Generator,
-) -> tuple[int, int]:  # fmt: skip
-    """Check a run: (how many drafted tokens stand, the token behind them).
-
-    target: float32 [V] a position, len(drafted) + 1 of them: p, under the same sampling as `q` [n, V]. Token x is kept
-    with probability min(1, p(x) / q(x)), each with a fresh random number; at the first that is not, a token of
-    max(0, p - q), normed, takes its place; behind a run that stands in full one more comes from p (2211.17192, 2.3).
-    """
-    for index, token in enumerate(drafted):
-        p = target[index]
-        guess = 1.0 if q is None else float(q[index, token])
-        if sampler.greedy:
-            kept = float(p[token]) > 0
-        else:
-            kept = float(torch.rand((), generator=generator)) * guess < float(p[token])
-        if kept:
-            continue
-        rest = p.clone()
-        if q is None:
-            rest[token] = 0.0
-        else:
-            rest = (p - q[index]).clamp_(min=0.0)
-        total = rest.sum()
-        # equal up to rounding: nothing is left over, and p itself is what remains to draw from
-        return index, sampler.sample(rest / total if float(total) > 0 else p, generator)
-    return len(drafted), sampler.sample(target[len(drafted)], generator)
-
-
-def expected_tokens(acceptance: float, drafted: int) -> float:
-    """Tokens a pass brings: (1 - a^(g + 1)) / (1 - a)."""
-    if acceptance >= 1:
-        return drafted + 1.0
-    return (1 - acceptance ** (drafted + 1)) / (1 - acceptance)
-
-
-def expected_speedup(acceptance: float, drafted: int, cost: float) -> float:
-    """Against plain decoding, with a draft step that costs `cost` of a target pass: the paper's Theorem 3.8."""
-    return expected_tokens(acceptance, drafted) / (drafted * cost + 1)
-
-
-@dataclass
-class Costs:
-    """Seconds of a pass over n tokens, as a line through running means: a + b n."""
-
-    weight: float = 0.0
-    n: float = 0.0
-    seconds: float = 0.0
-    nn: float = 0.0
-    ns: float = 0.0
-
-    def add(self, n: int, seconds: float) -> None:
-        if self.weight > 2:  # somebody else's work on this machine shall not look like the price of a longer run
-            seconds = min(seconds, MOST_SURPRISE * self.of(n))
-        self.weight = FADE * self.weight + 1
-        for name, value in (("n", n), ("seconds", seconds), ("nn", n * n), ("ns", n * seconds)):
-            setattr(self, name, FADE * getattr(self, name) + value)
-
-    def of(self, n: int) -> float:
-        """The line at n; through all points seen at one n, a pass is taken to cost the same for any."""
-        mean_n, mean = self.n / self.weight, self.seconds / self.weight
-        spread = self.nn / self.weight - mean_n**2
-        slope = max(0.0, (self.ns / self.weight - mean_n * mean) / spread) if spread > 0.05 else 0.0
-        return max(mean + slope * (n - mean_n), 0.1 * mean)
-
-
 @dataclass
 class Speculator:
-    """Decides how many tokens to draft, and keeps the account. `fixed` is that number, None leaves it to the costs."""
+    """Decides how many tokens to draft, and keeps the account. `fixed` is that number, None leaves it to the costs.
+
+    `slope`: passes that one more token of a pass is believed to cost, until that is measured.
+    """
 
     draft: Draft
     name: str
     fixed: int | None = None
+    slope: float = STREAMED
+    width: int = 0  # places at the front of a run that have a second guess
     drafted: int = 0
     accepted: int = 0
     judged: int = 0  # drafted tokens that were looked at: none behind a rejected one
     passes: int = 0
     tokens: int = 0
     lengths: list[int] = field(default_factory=list)
+    rescued: int = 0  # second guesses that stand
     lender: Lender | None = None  # where the draft takes memory that the target could use
     times_lent: int = 0
     _since: int = 0  # drafted tokens judged since the draft came, or came back; or tokens since it left
     _patience: int = TRY_AGAIN
-    _kept: float = BELIEF * BELIEVED
-    _tried: float = BELIEVED
+    _kept: float = 0.0
+    _tried: float = 0.0
+    _second: float = SECOND * BELIEVED
+    _seconds_tried: float = BELIEVED
     _idle: int = 0
+    _off: bool = False  # the last judgement was that drafting does not pay
+    _trial: bool = False
+    _spare: float = MAY_LOSE  # passes that drafts may still lose: what is allowed, and what they gained
     _draft_seconds: float = 0.0
     _draft_tokens: float = 0.0
     _costs: Costs = field(default_factory=Costs)
+
+    def __post_init__(self) -> None:
+        self._costs.slope = self.slope
+        self._kept, self._tried = self.draft.belief * BELIEVED, BELIEVED
 
     @property
     def acceptance(self) -> float:
@@ -170,29 +132,61 @@ class Speculator:
             if not repeatable and self._since < LENT << (self.times_lent - 1):
                 return 0
             self.lender.take_back()
-            self._since, self._kept, self._tried = 0, BELIEF * BELIEVED, BELIEVED
-        left, most = most, min(most, MOST_DRAFTED)
+            self._since, self._kept, self._tried = 0, self.draft.belief * BELIEVED, BELIEVED
+        left, most = most, max(0, min(most, MOST_DRAFTED))
         if self.fixed is not None or repeatable:
-            return max(0, min(TRIAL if self.fixed is None else self.fixed, most))
-        if self._idle >= self._patience:
-            self._patience *= 2
-            return max(0, min(TRIAL, most))
-        if not self.judged or self._costs.weight < 1:
-            return max(0, min(TRIAL, most))
-        a_draft = self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
-        rates = [
-            expected_tokens(self.acceptance, g) / (g * a_draft + self._costs.of(g + 1)) for g in range(max(0, most) + 1)
-        ]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        if left > TRIAL and self._of_no_use(rates[best]):
+            return min(TRIAL if self.fixed is None else self.fixed, most)
+        if self._costs.weight < 1:
+            return 0  # what a pass costs by itself is known first
+        self._trial = self._idle >= self._patience
+        if self._trial or not self.judged:
+            return self._affordable(min(TRIAL, most))
+        if self._off and self.lender is None:
+            return 0  # nothing was learnt since
+        best, rate = self._best(most)
+        if left > TRIAL and self._of_no_use(rate):
             assert self.lender is not None
             self.lender.lend()
             self.times_lent += 1
             self._since = 0
             return 0
+        self._off = not best and most > 0
         if best:
             self._patience = TRY_AGAIN
-        return best
+        return best if self.lender is not None and self._since < ENOUGH else self._affordable(best)
+
+    def _best(self, most: int) -> tuple[int, float]:
+        """The length that brings most tokens a second, and how many; they rise to it and fall behind it."""
+        best, rate = 0, 1 / self._costs.of(1)
+        for g in range(1, most + 1):
+            wide, a = min(self.width, g), self.acceptance
+            tokens = expected_tokens(a, g) + (1 - a**wide) * self._second / self._seconds_tried
+            other = tokens / (g * self._a_draft + self._costs.of(g + 1 + wide))
+            if other <= rate:
+                break
+            best, rate = g, other
+        return best, rate
+
+    def begin(self) -> None:
+        """Another text: what drafts gained in those before does not pay for losses in this one."""
+        self._spare = min(self._spare, MAY_LOSE)
+
+    def _affordable(self, count: int) -> int:
+        """As many of `count` tokens as may all be wrong without losing more than is to spare."""
+        one = self._costs.of(1)
+        while count:
+            rows = count + 1 + min(self.width, count)
+            if count * self._a_draft + self._costs.of(rows) - one <= self._spare * one:
+                break
+            count -= 1
+        return count
+
+    @property
+    def _a_draft(self) -> float:
+        """Seconds of drafting a token."""
+        if self._draft_tokens:
+            return self._draft_seconds / self._draft_tokens
+        return self.draft.step * self._costs.of(1) if self._costs.weight else 0.0
 
     def _of_no_use(self, rate: float) -> bool:
         """Would plain decoding with the draft's memory be faster than `rate` tokens a second, the best beside it."""
@@ -205,28 +199,40 @@ class Speculator:
             return now
         return now - min(self.lender.share * now, self.lender.wait)
 
-    def note(self, drafted: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
-        """What a pass cost and brought."""
+    def note(
+        self,
+        drafted: int,
+        accepted: int,
+        draft_seconds: float,
+        pass_seconds: float,
+        wide: int = 0,
+        rescued: bool = False,
+    ) -> None:
+        """What a pass cost and brought; `wide` second guesses were in it, and one stands if `rescued`."""
         self.passes += 1
         self.drafted += drafted
         self.accepted += accepted
-        self.tokens += accepted + 1
+        self.tokens += accepted + 1 + rescued
+        self.rescued += rescued
         self.lengths.append(drafted)
         self._idle = 0 if drafted else self._idle + 1
         self._since += self.lender is not None and self.lender.lent
-        self._costs.add(drafted + 1, pass_seconds)
+        self._costs.add(drafted + 1 + wide, pass_seconds)
+        saved = accepted + rescued + 1 - (draft_seconds + pass_seconds) / self._costs.of(1) if drafted else 0.0
+        self._spare = max(-MOST_SPARE, min(self._spare + AND_SHARE + saved, MOST_SPARE))
         if drafted:
+            if self._trial:
+                self._patience *= 2
+            self._off = False
             judged = accepted + (accepted < drafted)
             self.judged += judged
             self._since += judged
             self._draft_seconds = FADE * self._draft_seconds + draft_seconds
             self._draft_tokens = FADE * self._draft_tokens + drafted
+            if accepted < wide:
+                self._second, self._seconds_tried = FADE * self._second + rescued, FADE * self._seconds_tried + 1
             self._kept = FADE * self._kept + accepted
             self._tried = FADE * self._tried + judged
-
-    def missed(self) -> None:
-        """The draft had nothing to say."""
-        self._idle = 0
 
     def report(self) -> dict[str, object]:
         """The account, plain values.
@@ -238,8 +244,7 @@ class Speculator:
         alpha = self.accepted / self.judged if self.judged else 0.0
         per_pass = self.tokens / self.passes if self.passes else 0.0
         mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
-        a_draft = self._draft_seconds / self._draft_tokens if self._draft_tokens else 0.0
-        paid = mean * a_draft + (self._costs.of(round(mean) + 1) if self._costs.weight else 0.0)
+        paid = mean * self._a_draft + (self._costs.of(round(mean) + 1) if self._costs.weight else 0.0)
         return {
             "draft": self.name,
             "drafted": self.drafted,
@@ -252,6 +257,8 @@ class Speculator:
             "mean_length": mean,
             "lengths": self.lengths[-256:],
             "times_lent": self.times_lent,
+            "second_guesses": self.width,
+            "rescued": self.rescued,
             "estimated_speedup": per_pass * plain / paid if paid else 1.0,
         }
 

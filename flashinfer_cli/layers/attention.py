@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,26 @@ def _softmax_beside(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     return scores.div_(scores.sum(-1, keepdim=True).add_((beside - most).exp_()))
 
 
+def seen(
+    keys: torch.Tensor, values: torch.Tensor, tokens: int, beside: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The keys and values that each of the last `tokens` positions of [kv_heads, S, hd] sees, itself the last.
+
+    Views, as if it were alone behind what it sees. One of the last `beside` stands in its place only for so long.
+    """
+    held, line = keys.shape[1] - tokens, tokens - beside
+    for t in range(line):
+        yield keys[:, : held + t + 1], values[:, : held + t + 1]
+    for place in range(held + 1, held + 1 + beside):
+        other = place - 1 + line
+        first = [kept[:, place].clone() for kept in (keys, values)]
+        for kept in (keys, values):
+            kept[:, place] = kept[:, other]
+        yield keys[:, : place + 1], values[:, : place + 1]
+        for kept, was in zip((keys, values), first, strict=True):
+            kept[:, place] = was
+
+
 @dataclass(frozen=True)
 class Attention:
     """One layer's attention. The projections are `q`, `k`, `v` apart, or one fused `qkv`, laid out as `grouped` says:
@@ -114,8 +135,10 @@ class Attention:
                 q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
             start, rope = kv.length, self.rope
             if rope is not None and not rope.varies:
-                if positions is None:
+                if positions is None and not rt.mode.beside:
                     cos, sin = rope.run(start, tokens, rope_length)
+                elif positions is None:
+                    cos, sin = rope.cos_sin(rt.mode.places(start, tokens, x.device), rope_length)
                 else:
                     cos, sin = rope.cos_sin(positions, rope_length)
                 q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
@@ -123,12 +146,10 @@ class Attention:
             skipped = None if positions is None else positions.tolist()
             keys, values = kv.append(self.layer, k.transpose(0, 1), v.transpose(0, 1), skipped)
             if rt.mode.decoding and tokens > 1:  # the bits of a token must not depend on how many are checked with it
-                held = keys.shape[1] - tokens
+                behind = start - keys.shape[1] + tokens  # positions that skipped this layer
                 rows = (
-                    self._attend(
-                        q[t : t + 1].clone(), keys[:, : held + t + 1], values[:, : held + t + 1], start + t + 1, rt
-                    )
-                    for t in range(tokens)
+                    self._attend(q[t : t + 1].clone(), k, v, behind + k.shape[1], rt)
+                    for t, (k, v) in enumerate(seen(keys, values, tokens, rt.mode.beside))
                 )
                 mixed = torch.cat(list(rows))
             else:

@@ -13,7 +13,7 @@ import torch
 
 from ..cache.kv import KVCache
 from ..config import MlaConfig
-from .attention import LONG, attend
+from .attention import LONG, attend, seen
 from .linear import Linear, Runtime
 from .norm import Norm
 from .rope import Rope
@@ -58,18 +58,17 @@ class LatentAttention:
             nope = self.shape.qk_nope_head_dim
             to_key, to_value = expand[:, :nope], expand[:, nope:]  # [heads, nope, rank], [heads, v, rank]
             q = q.view(tokens, self.heads, -1)
-            here = torch.arange(kv.length, kv.length + tokens, device=x.device)
+            here = rt.mode.places(kv.length, tokens, x.device)
             cos, sin = self.rope.cos_sin(here, rope_length)
             turned = self.rope.apply(q[..., nope:], cos, sin)
             key = self.rope.apply(compressed[:, None, rank:], cos, sin)
             key = torch.cat((self.kv_norm(compressed[:, :rank].contiguous())[:, None], key), -1).transpose(0, 1)
-            keys, _ = kv.append(self.layer, key, key[..., :0])
+            keys, values = kv.append(self.layer, key, key[..., :0])
             asked = rt.apart(lambda row: torch.matmul(row.transpose(0, 1), to_key).transpose(0, 1), q[..., :nope])
             q = torch.cat((asked, turned), -1)
             if rt.mode.decoding and tokens > 1:  # the bits of a token must not depend on how many are checked with it
-                held = keys.shape[1] - tokens
-                rows = (self._attend(q[t : t + 1].clone(), keys[:, : held + t + 1], rt) for t in range(tokens))
-                mixed = torch.cat(list(rows))
+                views = seen(keys, values, tokens, rt.mode.beside)
+                mixed = torch.cat([self._attend(q[t : t + 1].clone(), k, rt) for t, (k, _) in enumerate(views)])
             else:
                 mixed = self._attend(q, keys, rt)
             mixed = mixed.view(tokens, self.heads, rank)

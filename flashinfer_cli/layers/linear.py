@@ -18,10 +18,18 @@ class Mode:
     predictor on the neurons that it names. A prompt is computed at once, and on all of them.
 
     `here`: the pass is a draft that may read nothing: what is not in memory is left out (`decoding.drafts.SelfDraft`).
+    `beside`: the last so many tokens of the pass are others for its second place, its third, ...; each sees what is
+    before its place, and no token sees it (`decoding.judging`).
     """
 
     decoding: bool = False
     here: bool = False
+    beside: int = 0
+
+    def places(self, start: int, tokens: int, device: torch.device | str) -> torch.Tensor:
+        """The positions, int64 [tokens], of a pass that begins at `start`."""
+        line = torch.arange(start, start + tokens - self.beside, device=device)
+        return torch.cat((line, line[1 : 1 + self.beside])) if self.beside else line
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,8 @@ class Decoder:
             x = self.project_in(x, rt)
         if self.positions is not None:
             first = kv.length + config.position_offset
-            x = x + self.positions[first : first + tokens]
+            here = rt.mode.places(first, tokens, x.device) if rt.mode.beside else slice(first, first + tokens)
+            x = x + self.positions[here]
         if self.first_guess is not None and not rt.mode.here:
             self.first_guess(x, rt)
         for index, block in enumerate(self.blocks):
