@@ -21,8 +21,9 @@ from .rope import Rope
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """One layer's latent attention. `queries` is (q,), or (q_a, q_b) with a norm between; `expand` is kv_b, of every
-    head its rows for the key and those for the value."""
+    """One layer's latent attention. `queries` is (q,), or (q_a, q_b) with a norm between; `expand` is (kv_b,), of every
+    head its rows for the key and those for the value, or as GGUF has it (k_b, v_b), of which k_b has columns as rows.
+    """
 
     layer: int
     heads: int
@@ -32,14 +33,14 @@ class LatentAttention:
     q_norm: Norm | None
     latent: Linear
     kv_norm: Norm
-    expand: Linear
+    expand: tuple[Linear, ...]
     out: Linear
     rope: Rope
 
     @property
     def is_here(self) -> bool:
         """Are all of its weights in memory."""
-        return all(matrix.is_here for matrix in (*self.queries, self.latent, self.expand, self.out))
+        return all(matrix.is_here for matrix in (*self.queries, self.latent, *self.expand, self.out))
 
     def __call__(
         self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, positions: torch.Tensor | None = None
@@ -53,10 +54,9 @@ class LatentAttention:
                 q = self.q_norm(q)
             q = self.queries[1](q, rt)
         compressed = self.latent(x, rt)
-        expand = self.expand.whole(rt).view(self.heads, -1, rank)
+        to_key, to_value = self._matrices(rt)
         with rt.recorder.computing():
             nope = self.shape.qk_nope_head_dim
-            to_key, to_value = expand[:, :nope], expand[:, nope:]  # [heads, nope, rank], [heads, v, rank]
             q = q.view(tokens, self.heads, -1)
             here = torch.arange(kv.length, kv.length + tokens, device=x.device)
             cos, sin = self.rope.cos_sin(here, rope_length)
@@ -76,6 +76,15 @@ class LatentAttention:
             mixed = rt.apart(lambda row: torch.matmul(row.transpose(0, 1), to_value.mT).transpose(0, 1), mixed)
             mixed = mixed.reshape(tokens, -1)
         return self.out(mixed, rt)
+
+    def _matrices(self, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+        """What makes keys and values of latents: float32 [heads, nope, rank] and [heads, v, rank]."""
+        nope, rank = self.shape.qk_nope_head_dim, self.shape.kv_lora_rank
+        first, *second = (matrix.whole(rt) for matrix in self.expand)
+        if second:
+            return first.view(self.heads, rank, nope).mT, second[0].view(self.heads, -1, rank)
+        whole = first.view(self.heads, -1, rank)
+        return whole[:, :nope], whole[:, nope:]
 
     def _attend(self, q: torch.Tensor, keys: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """q [T, heads, rank + rope] are the last T of the keys' positions -> [T, heads * rank]."""

@@ -128,7 +128,7 @@ class Builder:
             q_norm=self._norm(index, "q_a_norm", kind="rms"),
             latent=matrix("kv_a"),
             kv_norm=kv_norm,
-            expand=matrix("kv_b"),
+            expand=tuple(matrix(role) for role in ("kv_b", "k_b", "v_b") if role in layer.matrices),
             out=matrix("o"),
             rope=rope,
         )

@@ -26,9 +26,12 @@ ALWAYS = (
     "sinks", "router", "group_router", "lstm_recurrent", "shared_gate", "positions", "mod_router", "mod_hidden",
     "mod_out",
 )  # fmt: skip
-ATTENTION = ("q", "q_a", "q_b", "k", "v", "qkv", "kv_a", "kv_b", "o", "lstm_input")
+ATTENTION = ("q", "q_a", "q_b", "k", "v", "qkv", "kv_a", "kv_b", "k_b", "v_b", "o", "lstm_input")
 DENSE = ("gate", "up", "down")
-EXPERT = ("gate", "up", "gate_up", "gate_up.scales", "gate_up.bias", "down", "down.scales", "down.bias")
+EXPERT = (
+    "gate", "gate.bias", "up", "up.bias", "gate_up", "gate_up.scales", "gate_up.bias", "down", "down.scales",
+    "down.bias",
+)  # fmt: skip
 SHARED = ("shared.gate", "shared.up", "shared.down")
 
 
@@ -140,7 +143,8 @@ def lay_out(
     always: dict[tuple[int, str], WeightRef] = {}
 
     def stays(role: str) -> bool:
-        return role.endswith(".bias") or "norm" in role or role in ALWAYS
+        biases = role.endswith(".bias") and not role.startswith("experts.")  # those of an expert come with it
+        return biases or "norm" in role or role in ALWAYS
 
     model: dict[str, MatrixLayout] = {}
     for role, ref in weights.model.items():
