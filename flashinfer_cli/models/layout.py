@@ -261,10 +261,11 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
             ffn = max(ffn, experts + 3 * moe.shared_expert_intermediate_size)
         a_token = 8 * d + 3 * hd * (2 * config.num_attention_heads + 4 * config.num_key_value_heads) + ffn
         expanded = 0
-        if config.mla is not None:  # queries and mixed latents of every head, and the matrix that makes keys and values
+        if config.mla is not None:  # queries and mixed latents of every head, and kv_b where it is spread out
             heads, mla = config.num_attention_heads, config.mla
             a_token += heads * 5 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-            expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank * 2
+            if any("kv_b" in layer.matrices for layer in layout.layers):
+                expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
         expanded += joined
         context = run.context or 0
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
