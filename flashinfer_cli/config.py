@@ -181,11 +181,11 @@ class WeightMap:
     Global roles: embed, head (the same ref as embed when tied), head.bias, positions, project_in, project_out,
     final_norm, final_norm.bias.
     Layer roles: attn_norm, attn_post_norm, ffn_norm, ffn_post_norm (each also with .bias); q, k, v or qkv, and o
-    (each also with .bias), or with latent attention q or q_a, q_a_norm, q_b, and kv_a, kv_a_norm, kv_b, or with LSTMs
-    lstm_input (.bias) and lstm_recurrent; q_norm, k_norm (also .bias); sinks; up, down (and gate where gated; each also
-    with .bias); router (.bias), group_router; experts.<e>.gate|up|down or experts.<e>.gate_up|down (.bias, and .scales:
-    rows of FP4 pairs apart from their scales); shared.gate|up|down (.bias); shared_gate; mod_router; mod_hidden,
-    mod_out (.bias).
+    (each also with .bias), or with latent attention q or q_a, q_a_norm, q_b, and kv_a, kv_a_norm, and kv_b or k_b
+    (with columns as rows) and v_b, or with LSTMs lstm_input (.bias) and lstm_recurrent; q_norm, k_norm (also .bias);
+    sinks; up, down (and gate where gated; each also with .bias); router (.bias), group_router; experts.<e>.gate|up|down
+    or experts.<e>.gate_up|down (.bias, and .scales: rows of FP4 pairs apart from their scales); shared.gate|up|down
+    (.bias); shared_gate; mod_router; mod_hidden, mod_out (.bias).
     """
 
     model: dict[str, WeightRef]

@@ -36,6 +36,8 @@ END_TOKENS = frozenset(
         "<｜end▁of▁sentence｜>",
     )
 )
+# gpt-oss ends every message of an answer with <|end|>, its thoughts too, and the answer with one of these.
+HARMONY_ENDS = frozenset(("<|return|>", "<|call|>"))
 
 
 def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
@@ -226,7 +228,10 @@ def _eos_ids(
         token_id = metadata.get(f"{PREFIX}{key}_token_id")
         if token_id is not None and 0 <= int(token_id) < len(tokens):
             found.append(int(token_id))
-    found += [index for index in np.flatnonzero(types == CONTROL).tolist() if tokens[index] in END_TOKENS]
+    control = np.flatnonzero(types == CONTROL).tolist()
+    harmony = {tokens[index] for index in control} >= HARMONY_ENDS
+    ends = (END_TOKENS | HARMONY_ENDS) - {"<|end|>"} if harmony else END_TOKENS
+    found += [index for index in control if tokens[index] in ends]
     return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
 

@@ -36,6 +36,8 @@ SIZES = {
     "attention.head_count_kv": 2,
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
+LATENT = {"rope.dimension_count": 8, "attention.kv_lora_rank": 32, "attention.key_length": 24,
+          "attention.value_length": 16}  # fmt: skip
 TENSORS = {"token_embd.weight": np.zeros((10, 32), np.float32), "output.weight": np.zeros((10, 32), np.float32)}
 
 
@@ -328,12 +330,16 @@ def test_every_architecture_is_one_of_gguf_and_is_read_by_the_parser(tmp_path: P
         tensors = {}
         if experts:
             tensors["blk__0__ffn_up_exps__weight"] = np.zeros((4, 12, 32), np.float32)
+        if arch == "gpt-oss":
+            experts = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 12}
+        if arch == "deepseek2":
+            experts = LATENT | {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 12}
         if arch == "qwen2moe":
             tensors["blk__0__ffn_up_shexp__weight"] = np.zeros((40, 32), np.float32)
         parsed = parse_config(config_of(tmp_path, arch, arch_keys(**experts), **tensors))
         assert parsed.vocab_size == 10
         assert parsed.rope is not None
-        assert parsed.rope.interleaved is (arch in ("llama", "arcee"))
+        assert parsed.rope.interleaved is (arch in ("llama", "arcee", "deepseek2"))
         assert parsed.norm_offset == 0
         assert parsed.norm_eps == pytest.approx(1e-5)
         assert (parsed.moe is not None) is bool(experts)

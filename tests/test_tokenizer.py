@@ -374,6 +374,17 @@ def test_ends_of_turn_are_found() -> None:
     assert plain.eos_token_ids == (2,)  # a token of text is no end, whatever it looks like
 
 
+def test_gpt_oss_ends_messages_and_answers_apart() -> None:
+    metadata = byte_level_metadata()
+    first = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += ["<|end|>", "<|return|>"]
+    metadata["tokenizer.ggml.token_type"] += [3, 3]
+    assert Tokenizer.from_gguf(metadata).eos_token_ids == (2, 0, first)
+    metadata["tokenizer.ggml.tokens"].append("<|call|>")
+    metadata["tokenizer.ggml.token_type"].append(3)
+    assert Tokenizer.from_gguf(metadata).eos_token_ids == (2, 0, first + 1, first + 2)
+
+
 def test_gemma_writes_runs_of_spaces_as_they_are_and_ranks_by_id() -> None:
     tokens, _, types = (list(column) for column in sentencepiece_vocabulary())
     tokens = [token.replace("▁▁▁▁", "    ").replace("▁▁", "  ") if set(token) == {"▁"} else token for token in tokens]

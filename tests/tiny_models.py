@@ -198,15 +198,15 @@ def cases() -> list[tuple[str, int]]:
     return [(family, index) for family, configs in _table().items() for index in range(len(configs))]
 
 
-def hf_config(family: str, index: int) -> transformers.PreTrainedConfig:
-    return transformers.AutoConfig.for_model(family, **copy.deepcopy(_table()[family][index]))
+def hf_config(family: str, index: int, **changed: Any) -> transformers.PreTrainedConfig:
+    return transformers.AutoConfig.for_model(family, **copy.deepcopy(_table()[family][index] | changed))
 
 
 def hf_model(
-    family: str, index: int, seed: int = 0, dtype: torch.dtype = torch.float32
+    family: str, index: int, seed: int = 0, dtype: torch.dtype = torch.float32, **changed: Any
 ) -> transformers.PreTrainedModel:
     """A transformers model with random weights, in eval mode, with plain (eager) attention."""
-    config = hf_config(family, index)
+    config = hf_config(family, index, **changed)
     config.dtype = dtype
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -227,9 +227,9 @@ def hf_model(
 
 
 def make(
-    family: str, index: int, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32
+    family: str, index: int, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changed: Any
 ) -> tuple[Path, transformers.PreTrainedModel]:
     """The model of `hf_model`, saved into `folder` as transformers saves it (config.json, model.safetensors)."""
-    model = hf_model(family, index, seed, dtype)
+    model = hf_model(family, index, seed, dtype, **changed)
     model.save_pretrained(folder)
     return Path(folder), model

@@ -39,6 +39,8 @@ _ROUNDED = frozenset(
         "qkv",
         "kv_a",
         "kv_b",
+        "k_b",
+        "v_b",
         "o",
         "embed",
         "head",
@@ -51,13 +53,15 @@ _ROUNDED = frozenset(
 )
 MOST_PADDED = 1.06  # a quantised record may be so much longer for its alignment, or matrices are kept instead
 _SPARSE = ("relu", "relu2")  # activations whose neurons are worth reading one by one
-EXPERT = ("gate", "up", "gate_up", "gate_up.bias", "down", "down.bias")  # the order within an expert's record
+# The order within an expert's record.
+EXPERT = ("gate", "gate.bias", "up", "up.bias", "gate_up", "gate_up.bias", "down", "down.bias")
 _EXPERT = re.compile(r"experts\.(\d+)\.(?:gate|up|gate_up|down)(?:\.bias|\.scales)?")
 # Forward order of the trunk; roles of neither list follow in alphabetical order.
 _BEFORE = ("embed", "project_in", "positions")
 _AFTER = ("final_norm", "project_out", "head")
 _LAYER = (
-    "attn_norm", "qkv", "q", "q_a", "q_a_norm", "q_b", "k", "v", "kv_a", "kv_a_norm", "kv_b", "q_norm", "k_norm",
+    "attn_norm", "qkv", "q", "q_a", "q_a_norm", "q_b", "k", "v", "kv_a", "kv_a_norm", "kv_b", "k_b", "v_b",
+    "q_norm", "k_norm",
     "sinks", "o", "attn_post_norm", "ffn_norm", "router",
     "gate", "up", "down", "shared_gate", "shared.gate", "shared.up", "shared.down", "ffn_post_norm",
 )  # fmt: skip

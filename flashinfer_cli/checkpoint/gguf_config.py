@@ -7,6 +7,7 @@ said by keys that no config.json has:
     rope_freqs         divisors of the frequencies, as llama3 scaling gives them
     norm_offset_baked  the 1 of (1 + weight) is in the norm weights already (gemma, nemotron)
     qkv_layout         "split": falcon's fused rows were sorted into q | k | v
+    expert_layout      "split": gate and up of gpt_oss' experts are no longer one matrix, row by row in turn
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..errors import CorruptCheckpointError, UnsupportedModelError, nearest
 from .base import PLAIN, TensorInfo
 from .files import quoted
 from .gguf_keys import Keys
+from .gguf_latent import latent_experts, latent_sizes
 from .gguf_rope import make_rope
 
 Config = dict[str, Any]
@@ -36,6 +38,7 @@ class _Arch:
     norm_offset_baked: bool = False
     norm_topk_prob: bool | None = None  # for experts: what llama.cpp does, since no key says it
     window_pattern: int = 0  # every n-th layer sees everything, where no key says it
+    latent: bool = False  # multi-head latent attention
 
 
 ARCHITECTURES: Mapping[str, _Arch] = {
@@ -53,6 +56,8 @@ ARCHITECTURES: Mapping[str, _Arch] = {
     "phi3": _Arch("phi3"),
     "falcon": _Arch("falcon", eps="layer_norm_epsilon"),
     "nemotron": _Arch("nemotron", eps="norm_eps", norm_offset_baked=True),
+    "deepseek2": _Arch("deepseek_v2", latent=True),  # V3's and others' routing comes under this name too
+    "gpt-oss": _Arch("gpt_oss", window_pattern=2),
 }
 # Models whose attention scale does not follow from the size of a head (27B of gemma2 and gemma3), by number of layers.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
@@ -77,7 +82,8 @@ def make_config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo], 
         )
     arch, keys = ARCHITECTURES[name], Keys(metadata, name, path)
     config: Config = {"model_type": arch.model_type, **_sizes(keys, arch, tensors)}
-    config |= make_rope(keys, tensors, config["head_dim"]) | _experts(keys, arch, tensors, config) | _tokens(metadata)
+    experts = latent_experts(keys, tensors, config) if arch.latent else _experts(keys, arch, tensors, config)
+    config |= make_rope(keys, tensors, config["head_dim"]) | experts | _tokens(metadata)
     config["tie_word_embeddings"] = "output.weight" not in tensors
     if arch.interleaved:
         config["rope_interleaved"] = True
@@ -91,13 +97,16 @@ def make_config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo], 
         config |= _gemma(keys, config)
     if name == "falcon":
         config |= _falcon(tensors, config)
+    if name == "gpt-oss":
+        config |= _gpt_oss(config)
     return config
 
 
 def _sizes(keys: Keys, arch: _Arch, tensors: Mapping[str, TensorInfo]) -> Config:
     hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
-    head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
-    if keys.size("attention.value_length", head_dim) != head_dim:
+    latent = latent_sizes(keys) if arch.latent else {}
+    head_dim = latent.get("head_dim") or keys.size("attention.key_length", max(hidden // heads, 1))
+    if not latent and keys.size("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError(f"{keys.path} has keys and values of different lengths, which is not supported.")
     embedding, tokens = tensors.get("token_embd.weight"), keys.metadata.get("tokenizer.ggml.tokens")
     vocab = embedding.num_rows if embedding is not None else len(tokens) if isinstance(tokens, list) else None
@@ -110,6 +119,7 @@ def _sizes(keys: Keys, arch: _Arch, tensors: Mapping[str, TensorInfo]) -> Config
         "num_key_value_heads": keys.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": keys.size("context_length"),
+        **latent,
     }
     for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
         eps = keys.real(key)
@@ -148,7 +158,7 @@ def _experts(keys: Keys, arch: _Arch, tensors: Mapping[str, TensorInfo], config:
     made: Config = {**experts, "moe_intermediate_size": width}
     if keys.arch == "llama":
         made |= {"model_type": "mixtral", "num_local_experts": experts["num_experts"], "intermediate_size": width}
-    if arch.model_type == "olmoe":
+    if arch.model_type in ("olmoe", "gpt_oss"):
         made["intermediate_size"] = width
     if arch.norm_topk_prob is not None:
         made["norm_topk_prob"] = bool(keys.get("expert_weights_norm") or arch.norm_topk_prob)
@@ -200,6 +210,12 @@ def _falcon(tensors: Mapping[str, TensorInfo], config: Config) -> Config:
         "num_ln_in_parallel_attn": 2 if two else 1,
         "ffn_hidden_size": config["intermediate_size"],
     }
+
+
+def _gpt_oss(config: Config) -> Config:
+    """YaRN's corners are not rounded in this family; no key says so."""
+    scaling = config.get("rope_scaling")
+    return {"expert_layout": "split", "rope_scaling": scaling and {**scaling, "truncate": False}}
 
 
 def _tokens(metadata: Mapping[str, Any]) -> Config:

@@ -61,6 +61,9 @@ def _yarn(keys: Keys, factor: float, original: int | None, attention: float | No
         1.0,
     ):  # ggml multiplies YaRN's own factor with it, where transformers replaces that factor
         scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    multiplier = keys.real("rope.scaling.yarn_log_multiplier")
+    if multiplier and keys.arch == "deepseek2":  # a tenth of mscale_all_dim; llama.cpp takes mscale for the same
+        scaling |= {"mscale": 10 * multiplier, "mscale_all_dim": 10 * multiplier}
     return scaling
 
 

@@ -21,8 +21,10 @@ from .rope import Rope
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """One layer's latent attention. `queries` is (q,), or (q_a, q_b) with a norm between; `expand` is kv_b, of every
-    head its rows for the key and those for the value."""
+    """One layer's latent attention. `queries` is (q,), or (q_a, q_b) with a norm between; `expand` is (kv_b,), of every
+    head its rows for the key and those for the value, or as GGUF has it (k_b, v_b), of which k_b has columns as rows
+    and so multiplies queries as it is stored. `space` float32 is where kv_b is spread out, one for all layers.
+    """
 
     layer: int
     heads: int
@@ -32,14 +34,15 @@ class LatentAttention:
     q_norm: Norm | None
     latent: Linear
     kv_norm: Norm
-    expand: Linear
+    expand: tuple[Linear, ...]
+    space: torch.Tensor
     out: Linear
     rope: Rope
 
     @property
     def is_here(self) -> bool:
         """Are all of its weights in memory."""
-        return all(matrix.is_here for matrix in (*self.queries, self.latent, self.expand, self.out))
+        return all(matrix.is_here for matrix in (*self.queries, self.latent, *self.expand, self.out))
 
     def __call__(
         self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, positions: torch.Tensor | None = None
@@ -53,18 +56,15 @@ class LatentAttention:
                 q = self.q_norm(q)
             q = self.queries[1](q, rt)
         compressed = self.latent(x, rt)
-        expand = self.expand.whole(rt).view(self.heads, -1, rank)
+        nope, q = self.shape.qk_nope_head_dim, q.view(tokens, self.heads, -1)
+        asked, to_value = self._asked(q[..., :nope], rt)
         with rt.recorder.computing():
-            nope = self.shape.qk_nope_head_dim
-            to_key, to_value = expand[:, :nope], expand[:, nope:]  # [heads, nope, rank], [heads, v, rank]
-            q = q.view(tokens, self.heads, -1)
             here = rt.mode.places(kv.length, tokens, x.device)
             cos, sin = self.rope.cos_sin(here, rope_length)
             turned = self.rope.apply(q[..., nope:], cos, sin)
             key = self.rope.apply(compressed[:, None, rank:], cos, sin)
             key = torch.cat((self.kv_norm(compressed[:, :rank].contiguous())[:, None], key), -1).transpose(0, 1)
             keys, values = kv.append(self.layer, key, key[..., :0])
-            asked = rt.apart(lambda row: torch.matmul(row.transpose(0, 1), to_key).transpose(0, 1), q[..., :nope])
             q = torch.cat((asked, turned), -1)
             if rt.mode.decoding and tokens > 1:  # the bits of a token must not depend on how many are checked with it
                 views = seen(keys, values, tokens, rt.mode.beside)
@@ -72,9 +72,22 @@ class LatentAttention:
             else:
                 mixed = self._attend(q, keys, rt)
             mixed = mixed.view(tokens, self.heads, rank)
-            mixed = rt.apart(lambda row: torch.matmul(row.transpose(0, 1), to_value.mT).transpose(0, 1), mixed)
-            mixed = mixed.reshape(tokens, -1)
-        return self.out(mixed, rt)
+            if to_value is not None:
+                mixed = _times(mixed, to_value.mT, rt)
+        if to_value is None:
+            mixed = self.expand[1].by_head(mixed, rt)
+        return self.out(mixed.reshape(tokens, -1), rt)
+
+    def _asked(self, q: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q [T, heads, nope] -> what they ask of latents [T, heads, rank]; and where kv_b is one matrix, its part that
+        makes values of latents, float32 [heads, v, rank]."""
+        first, *second = self.expand
+        if second:
+            return first.by_head(q, rt), None
+        nope, rank = self.shape.qk_nope_head_dim, self.shape.kv_lora_rank
+        whole = first.whole(rt, self.space).view(self.heads, -1, rank)
+        with rt.recorder.computing():
+            return _times(q, whole[:, :nope], rt), whole[:, nope:]
 
     def _attend(self, q: torch.Tensor, keys: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """q [T, heads, rank + rope] are the last T of the keys' positions -> [T, heads * rank]."""
@@ -85,3 +98,8 @@ class LatentAttention:
         if long:
             rt.share_cores(little=True)
         return mixed
+
+
+def _times(x: torch.Tensor, matrices: torch.Tensor, rt: Runtime) -> torch.Tensor:
+    """x [T, heads, a] by [heads, a, b] -> [T, heads, b]; while decoding each token by itself."""
+    return rt.apart(lambda row: torch.matmul(row.transpose(0, 1), matrices).transpose(0, 1), x)

@@ -11,6 +11,8 @@ from ..cache.slices import Feed, Slice
 from ..kernels import Kernels
 from ..report import Recorder
 
+TILE_ELEMENTS = 1 << 18  # of a matrix made float32 at a time
+
 
 @dataclass
 class Mode:
@@ -99,14 +101,31 @@ class Linear:
                 rt.kernels.linear(x, data.view(part.rows, -1), self.format, out, part.start)
         return out if self.bias is None else out.add_(self.bias)
 
-    def whole(self, rt: Runtime) -> torch.Tensor:
-        """The matrix as float32 [rows, cols]: for one that is multiplied from both sides."""
-        out = torch.empty(self.rows, self.cols, device=rt.feed.device.name)
+    def whole(self, rt: Runtime, out: torch.Tensor) -> torch.Tensor:
+        """The matrix as float32 [rows, cols] in `out`: for one that is multiplied from both sides. The space is lent
+        since fresh pages cost ten times what the numbers do."""
+        step = max(1, TILE_ELEMENTS // self.cols)
         for part in self.parts:
             with rt.feed.use(part.slice) as data, rt.recorder.computing():
-                rows = rt.kernels.dequantize(data.view(part.rows, -1), self.format, self.cols)
-                out[part.start : part.start + part.rows] = rows
+                stored = data.view(part.rows, -1)
+                for first in range(0, part.rows, step):
+                    rows = rt.kernels.dequantize(stored[first : first + step], self.format, self.cols)
+                    out[part.start + first : part.start + first + len(rows)] = rows
         return out
+
+    def by_head(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
+        """x float32 [T, heads, cols] by rows of the matrix in as many groups -> [T, heads, rows / heads]."""
+        tokens, heads, _ = x.shape
+        rows = self.rows // heads
+        out, apart = x.new_empty(heads, tokens, rows), x.transpose(0, 1).contiguous()
+        for part in self.parts:
+            with rt.feed.use(part.slice) as data, rt.recorder.computing():
+                stored, end = data.view(part.rows, -1), part.start + part.rows
+                for head in range(part.start // rows, -(-end // rows)):
+                    first, last = max(part.start, head * rows), min(end, (head + 1) * rows)
+                    weight = stored[first - part.start : last - part.start]
+                    rt.kernels.linear(apart[head], weight, self.format, out[head], first - head * rows)
+        return out.transpose(0, 1)
 
     def gather(self, ids: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """Rows `ids` [T] as float32 [T, cols]; every slice must be pinned (an embedding that stays)."""

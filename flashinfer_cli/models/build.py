@@ -47,6 +47,7 @@ class Builder:
         self.predictors: Mapping[int, Demand] = {}
         self.neurons: NeuronCache | Pinned | None = None
         self._ropes: dict[object, Rope] = {}
+        self._kv_b = torch.empty(0)
         self._always = self._read_always()
 
     # ---- what always stays
@@ -113,6 +114,13 @@ class Builder:
             self._ropes[rope_config] = Rope(rope_config, head_dim, self.device.name)
         return self._ropes[rope_config]
 
+    def _space(self, mla: MlaConfig) -> torch.Tensor:
+        """Where kv_b of one layer after another is spread out; nothing where it comes as two matrices."""
+        rows = max((m["kv_b"].rows for layer in self.layout.layers if "kv_b" in (m := layer.matrices)), default=0)
+        if len(self._kv_b) != rows:
+            self._kv_b = torch.empty(rows, mla.kv_lora_rank, device=self.device.name)
+        return self._kv_b
+
     def _latent(self, index: int, layer: LayerLayout, mla: MlaConfig) -> LatentAttention:
         def matrix(role: str) -> Linear:
             return self._linear(index, role, layer.matrices[role])
@@ -128,7 +136,8 @@ class Builder:
             q_norm=self._norm(index, "q_a_norm", kind="rms"),
             latent=matrix("kv_a"),
             kv_norm=kv_norm,
-            expand=matrix("kv_b"),
+            expand=tuple(matrix(role) for role in ("kv_b", "k_b", "v_b") if role in layer.matrices),
+            space=self._space(mla),
             out=matrix("o"),
             rope=rope,
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from .names import LAYER, MODEL, POST_NORM_LAYER, Names, renamed
+from .names import GGUF_LAYER, GGUF_OSS_LAYER, LAYER, MODEL, POST_NORM_LAYER, Names, renamed
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Family:
 
     model_names: Names = field(default_factory=lambda: MODEL)
     layer_names: Names = field(default_factory=lambda: LAYER)
+    gguf_layer_names: Names = field(default_factory=lambda: GGUF_LAYER)
     prefix: str = "model."
     layer_prefix: str = "layers.{i}."
 
@@ -302,6 +303,7 @@ _ROWS = (
         norm_topk_prob=True,  # a softmax over the chosen logits is the same
         fused_experts=True,
         sinks=True,
+        gguf_layer_names=GGUF_OSS_LAYER,
     ),
     _row(  # our own: what `genai-run train stories-mod` writes
         _LLAMA,

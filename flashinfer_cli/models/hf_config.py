@@ -183,7 +183,7 @@ def _experts(family: Family, read: _Reader, layers: int) -> tuple[MoeConfig | No
         groups_per_tok=of_groups,
         routed_scaling=(read.optional("routed_scaling_factor") or 1.0) if family.expert_groups else 1.0,
         clamped_swiglu=(clamped[0] or 1.702, clamped[1] or 7.0) if family.fused_experts else None,
-        interleaved=family.fused_experts,
+        interleaved=family.fused_experts and read.config.get("expert_layout") != "split",
         gate_groups=gates,
         gate_groups_per_tok=few,
     )

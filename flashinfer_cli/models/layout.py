@@ -26,9 +26,12 @@ ALWAYS = (
     "sinks", "router", "group_router", "lstm_recurrent", "shared_gate", "positions", "mod_router", "mod_hidden",
     "mod_out",
 )  # fmt: skip
-ATTENTION = ("q", "q_a", "q_b", "k", "v", "qkv", "kv_a", "kv_b", "o", "lstm_input")
+ATTENTION = ("q", "q_a", "q_b", "k", "v", "qkv", "kv_a", "kv_b", "k_b", "v_b", "o", "lstm_input")
 DENSE = ("gate", "up", "down")
-EXPERT = ("gate", "up", "gate_up", "gate_up.scales", "gate_up.bias", "down", "down.scales", "down.bias")
+EXPERT = (
+    "gate", "gate.bias", "up", "up.bias", "gate_up", "gate_up.scales", "gate_up.bias", "down", "down.scales",
+    "down.bias",
+)  # fmt: skip
 SHARED = ("shared.gate", "shared.up", "shared.down")
 
 
@@ -140,7 +143,8 @@ def lay_out(
     always: dict[tuple[int, str], WeightRef] = {}
 
     def stays(role: str) -> bool:
-        return role.endswith(".bias") or "norm" in role or role in ALWAYS
+        biases = role.endswith(".bias") and not role.startswith("experts.")  # those of an expert come with it
+        return biases or "norm" in role or role in ALWAYS
 
     model: dict[str, MatrixLayout] = {}
     for role, ref in weights.model.items():
@@ -257,10 +261,11 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
             ffn = max(ffn, experts + 3 * moe.shared_expert_intermediate_size)
         a_token = 8 * d + 3 * hd * (2 * config.num_attention_heads + 4 * config.num_key_value_heads) + ffn
         expanded = 0
-        if config.mla is not None:  # queries and mixed latents of every head, and the matrix that makes keys and values
+        if config.mla is not None:  # queries and mixed latents of every head, and kv_b where it is spread out
             heads, mla = config.num_attention_heads, config.mla
             a_token += heads * 5 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-            expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank * 2
+            if any("kv_b" in layer.matrices for layer in layout.layers):
+                expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
         expanded += joined
         context = run.context or 0
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))

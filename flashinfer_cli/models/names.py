@@ -82,6 +82,15 @@ GGUF_LAYER = renamed(
     o="attn_output",
     q_norm="attn_q_norm",
     k_norm="attn_k_norm",
+    q_a="attn_q_a",
+    q_a_norm="attn_q_a_norm",
+    q_b="attn_q_b",
+    kv_a="attn_kv_a_mqa",
+    kv_a_norm="attn_kv_a_norm",
+    kv_b="attn_kv_b",
+    k_b="attn_k_b",
+    v_b="attn_v_b",
+    sinks="attn_sinks",
     gate="ffn_gate",
     up="ffn_up",
     gate_up="ffn_up",
@@ -101,3 +110,5 @@ GGUF_LAYER = renamed(
 )
 # In a parallel block with two norms (falcon-40b) `attn_norm` is the FFN's, and `attn_norm_2` the attention's.
 GGUF_PARALLEL_LAYER = renamed(GGUF_LAYER, attn_norm="attn_norm_2", ffn_norm="attn_norm")
+# gpt-oss names the norm before the FFN after what stands before it.
+GGUF_OSS_LAYER = renamed(GGUF_LAYER, attn_post_norm="", ffn_norm="post_attention_norm")

@@ -14,7 +14,7 @@ from ..checkpoint.base import TensorInfo
 from ..config import MlaConfig, ModelConfig, MoeConfig, WeightMap, WeightRef
 from ..errors import CorruptCheckpointError, UnsupportedModelError
 from .families import FAMILIES, Family
-from .names import GGUF_LAYER, GGUF_MODEL, GGUF_PARALLEL_LAYER, Names
+from .names import GGUF_MODEL, GGUF_PARALLEL_LAYER, Names
 
 Refs = dict[str, WeightRef]
 
@@ -122,7 +122,7 @@ class _Layer:
         config, hd = self.config, self.config.head_dim
         q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
         if config.attention_sinks:
-            self.refs["sinks"] = self.table.take(self.need("sinks", ""), (config.num_attention_heads,))
+            self.refs["sinks"] = self.table.take(self.need("sinks", ".weight"), (config.num_attention_heads,))
         if config.mla is not None:
             self.latent_attention(config.mla)
             return
@@ -151,7 +151,13 @@ class _Layer:
             self.add("q_b", queries, mla.q_lora_rank)
         self.add("kv_a", mla.kv_lora_rank + mla.qk_rope_head_dim, d)
         self.add("kv_a_norm", mla.kv_lora_rank)
-        self.add("kv_b", heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+        apart = [info for role in ("k_b", "v_b") if (info := self.table.find(self.named(role))) is not None]
+        if apart and self.table.find(self.named("kv_b")) is None:
+            self.add("k_b", heads, mla.kv_lora_rank, mla.qk_nope_head_dim)
+            self.add("v_b", heads, mla.v_head_dim, mla.kv_lora_rank)
+        else:
+            self.add("kv_b", heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+            self.table.used.update(info.name for info in apart)  # the same once more
         self.add("o", d, heads * mla.v_head_dim)
 
     def need(self, role: str, suffix: str) -> TensorInfo:
@@ -213,6 +219,10 @@ class _Layer:
                     if whole is None
                     else WeightRef(whole.name, e * rows, rows, cols)
                 )
+            bias = self.table.find(self.named(f"all_experts.{part}"), ".bias")
+            if bias is not None:
+                self.table.take(bias, (count, rows))
+                self.refs |= {f"experts.{e}.{part}.bias": WeightRef(bias.name, e, 1, rows) for e in range(count)}
         shared = moe.shared_expert_intermediate_size
         if shared:
             self.add("shared.gate", shared, d)
@@ -300,7 +310,8 @@ def weight_map(
     if kind == "gguf":
         prefix, block, heads = "", "blk.{i}.", GGUF_MODEL["head"]
         model_names = GGUF_MODEL
-        layer_names = GGUF_PARALLEL_LAYER if config.parallel_block and not config.shared_norm else GGUF_LAYER
+        two_norms = config.parallel_block and not config.shared_norm
+        layer_names = GGUF_PARALLEL_LAYER if two_norms else family.gguf_layer_names
     else:
         prefix, heads = _prefix(tensors, family), _HEADS
         block, model_names, layer_names = family.layer_prefix, family.model_names, family.layer_names
