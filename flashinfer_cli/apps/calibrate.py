@@ -12,16 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from .. import device
-from ..bundles.format import format_bytes
+from ..bundles.format import RecordLayout, format_bytes
 from ..bundles.publish import write_atomic, writer_lock
-from ..bundles.sparsity import PREDICTORS_FILE, SPARSITY_FILE, LayerSparsity, Sparsity, manifest_digest, sparsity_json
+from ..bundles.sparsity import (
+    PREDICTORS_FILE,
+    SPARSITY_FILE,
+    LayerSparsity,
+    Sparsity,
+    manifest_digest,
+    read_sparsity,
+    sparsity_json,
+)
 from ..cache.kv import KVCache
 from ..config import MiB, RunConfig, format_size
 from ..engine import Engine
-from ..errors import BudgetError, TokenizerError, UnsupportedModelError, UsageError
+from ..errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
 from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
@@ -46,10 +55,13 @@ def calibrate(
     tokens: int = TOKENS,
     recall: float = 0.98,
     evaluate_tokens: int = 1_000,
+    like: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sparsity:
     """Write predictors and statistics into a bundle; returns them.
 
+    `like` is a calibrated bundle of the same model in other formats: its predictors are taken, and only what they cost
+    here is measured.
     `recall` is what each predictor must reach on held-out tokens. Raises UnsupportedModelError for what has no zeros to
     skip (SiLU, GELU), UsageError for too little text.
     """
@@ -70,11 +82,14 @@ def calibrate(
     ids, test = ids[:-evaluate_tokens][:tokens], ids[-evaluate_tokens:]
     path = opened.checkpoint.path
     with writer_lock(path):
-        layers, predictors = _layers(opened, ids, run, recall, progress)
+        if like is None:
+            (layers, predictors), learned = _layers(opened, ids, run, recall, progress), len(ids)
+        else:
+            layers, predictors, learned = _taken(opened, Path(like))
         (path / SPARSITY_FILE).unlink(missing_ok=True)  # of a calibration before: it goes with its predictors
         save_file(predictors, path / f"{PREDICTORS_FILE}.tmp")
         (path / f"{PREDICTORS_FILE}.tmp").replace(path / PREDICTORS_FILE)
-        found = Sparsity(manifest_digest(path), len(ids), tuple(layers), {})
+        found = Sparsity(manifest_digest(path), learned, tuple(layers), {})
         demands = Demands({layer.layer: opened.config.intermediate_size for layer in layers})
         found = replace(found, quality=quality(path, test, run, progress, demands, found))
         demands.write_order(path, progress)
@@ -124,6 +139,26 @@ def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
             f"Give --memory {-(-least // MiB)}MiB or more, or fewer --tokens.",
             least=least,
         )
+
+
+def _taken(opened: OpenModel, like: Path) -> tuple[list[LayerSparsity], dict[str, torch.Tensor], int]:
+    """Statistics and predictors of another bundle of the same model, and the tokens they were learned from. Raises
+    UsageError where it has none that fit, BundleError where they are damaged."""
+    found = read_sparsity(like)
+    if found is None:
+        raise UsageError(f"{like} is no calibrated bundle.", "Calibrate it first, or leave --like out.")
+    records: dict[int, RecordLayout] = getattr(opened.checkpoint, "records", {})
+    try:
+        predictors = load_file(like / PREDICTORS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{like / PREDICTORS_FILE} cannot be read: {error}.", "Calibrate it again.") from None
+    shapes = {
+        layer.layer: (predictors[f"layers.{layer.layer}.a"].shape[1], len(predictors[f"layers.{layer.layer}.b"]))
+        for layer in found.layers
+    }
+    if shapes != {layer: (opened.config.hidden_size, each.count) for layer, each in records.items()}:
+        raise UsageError(f"{like} is not of the same model: its layers have other sizes.")
+    return list(found.layers), predictors, found.tokens
 
 
 # ------------------------------------------------------------------ layer by layer

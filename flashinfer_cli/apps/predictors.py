@@ -134,7 +134,7 @@ def fit(
     x: torch.Tensor, fired: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor | None, recall: float,
     held: int, record_bytes: int, seed: int = 0,
 ) -> Fitted:  # fmt: skip
-    """x float32 [N, d], fired bool [N, d_ff], gate [d_ff, d]; the last `held` tokens choose and judge, the others teach.
+    """x float32 [N, d], fired bool [N, d_ff], gate [d_ff, d]; the last `held` tokens choose and judge, others teach.
 
     Of the RANKS the one for which reads and memory together cost least: what is predicted a token, and the records of
     `record_bytes` whose slots the predictor takes, each worth SLOT_WORTH of a read. Where that still names more than
