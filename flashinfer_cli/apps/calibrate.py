@@ -203,7 +203,8 @@ def _layers(
 
 def _cut(ids: list[int]) -> list[list[int]]:
     """The text as windows of WINDOWS_OF tokens in turns; each begins a sequence."""
-    parts, place = [], 0
+    parts: list[list[int]] = []
+    place = 0
     while place < len(ids):
         size = WINDOWS_OF[len(parts) % len(WINDOWS_OF)]
         parts.append(ids[place : place + size])
