@@ -108,6 +108,13 @@ def pin(sizes: Sizes, room: int) -> tuple[bool, ...]:
     return tuple(b if seldom else a for a, b, seldom in zip(first, second, sizes.seldom, strict=True))
 
 
+def _often(sizes: Sizes) -> int:
+    """Bytes of the slices that every token needs, where others come neuron by neuron; else 0."""
+    if not sizes.neurons:
+        return 0
+    return sum(size for size, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom)
+
+
 def _slots_note(neurons: int, late: int, of: int) -> str:
     more = f", {(neurons + late) / of:.0%} behind a prompt" if late else ""
     return f"{neurons / of:.0%} of them{more}"
@@ -168,6 +175,13 @@ def make_plan(
     others = whole - fixed(least_chunk) if fits else ring + transit * sizes.expert + (budget - least) // 2
     while chunk > least_chunk and fixed(chunk) + others > budget:
         chunk = max(least_chunk, chunk // 2)
+    if sizes.neurons and card is None and not always:
+        # Bytes that every token would read cost more than those that a prompt reads once more.
+        often, least_ring = _often(sizes), min(demand, RING_LEAST * largest)
+        while chunk > FEW_TOKENS and fixed(chunk) - demand + least_ring + often > budget >= (
+            fixed(least_chunk) - demand + least_ring + often
+        ):
+            chunk = max(FEW_TOKENS, chunk // 2)
     left = budget - fixed(chunk) - transit * sizes.expert
     room = left if card is None else card - kv - sizes.always - sizes.scratch(chunk) - RESERVE
     pinned: tuple[bool, ...] = (False,) * len(sizes.slices)
@@ -178,9 +192,7 @@ def make_plan(
         pinned, ring, demand = (True,) * len(sizes.slices), 0, 0
         left -= all_slices if card is None else 0
     else:
-        often = (
-            sum(s for s, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom) if sizes.neurons else 0
-        )
+        often = _often(sizes)
         spare = max(0, demand - RING_LEAST * largest)
         if sizes.neurons and often <= left + spare:
             # Nothing streams but prompts' neurons: all that every token needs stays, if need be at the cost of how far
