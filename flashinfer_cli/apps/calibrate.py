@@ -7,6 +7,8 @@ tokens. Layers done are kept beside the bundle until all are, so that a killed r
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,12 @@ from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
 from ..models.open import OpenModel, open_model
 from .partial import Partial, forget
-from .predictors import BATCH, fit, new_in_window
+from .predictors import BATCH, fit, judged, new_in_window
 from .quality import SEQUENCE, Demands, Progress, quality
 
 TOKENS = 10_000
 LEAST_TOKENS = 1_000
+LIKE_TOKENS = 1_024  # that thresholds of predictors taken from elsewhere are set on
 WINDOWS_OF = (320, 128, 48, 16)  # tokens, in turns: a text's first tokens wake other neurons, and more of them
 HELD_SHARE = 0.2  # of the tokens: half to set the threshold, half to judge
 WINDOWS = (1, 2, 4, 8)
@@ -60,8 +63,8 @@ def calibrate(
 ) -> Sparsity:
     """Write predictors and statistics into a bundle; returns them.
 
-    `like` is a calibrated bundle of the same model in other formats: its predictors are taken, and only what they cost
-    here is measured.
+    `like` is a calibrated bundle of the same model, in other formats or this one: its predictors are taken, and only
+    their thresholds are set anew, on at most LIKE_TOKENS.
     `recall` is what each predictor must reach on held-out tokens. Raises UnsupportedModelError for what has no zeros to
     skip (SiLU, GELU), UsageError for too little text.
     """
@@ -82,10 +85,8 @@ def calibrate(
     ids, test = ids[:-evaluate_tokens][:tokens], ids[-evaluate_tokens:]
     path = opened.checkpoint.path
     with writer_lock(path):
-        if like is None:
-            (layers, predictors), learned = _layers(opened, ids, run, recall, progress), len(ids)
-        else:
-            layers, predictors, learned = _taken(opened, Path(like))
+        taken, learned = ({}, len(ids)) if like is None else _taken(opened, Path(like))
+        layers, predictors = _layers(opened, ids[:LIKE_TOKENS] if taken else ids, run, recall, taken, progress)
         (path / SPARSITY_FILE).unlink(missing_ok=True)  # of a calibration before: it goes with its predictors
         save_file(predictors, path / f"{PREDICTORS_FILE}.tmp")
         (path / f"{PREDICTORS_FILE}.tmp").replace(path / PREDICTORS_FILE)
@@ -141,9 +142,9 @@ def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
         )
 
 
-def _taken(opened: OpenModel, like: Path) -> tuple[list[LayerSparsity], dict[str, torch.Tensor], int]:
-    """Statistics and predictors of another bundle of the same model, and the tokens they were learned from. Raises
-    UsageError where it has none that fit, BundleError where they are damaged."""
+def _taken(opened: OpenModel, like: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """Predictors of another bundle of the same model, and the tokens they were learned from. Raises UsageError where
+    it has none that fit, BundleError where they are damaged."""
     found = read_sparsity(like)
     if found is None:
         raise UsageError(f"{like} is no calibrated bundle.", "Calibrate it first, or leave --like out.")
@@ -158,17 +159,22 @@ def _taken(opened: OpenModel, like: Path) -> tuple[list[LayerSparsity], dict[str
     }
     if shapes != {layer: (opened.config.hidden_size, each.count) for layer, each in records.items()}:
         raise UsageError(f"{like} is not of the same model: its layers have other sizes.")
-    return list(found.layers), predictors, found.tokens
+    return predictors, found.tokens
 
 
 # ------------------------------------------------------------------ layer by layer
 
 
 def _layers(
-    opened: OpenModel, ids: list[int], run: RunConfig, recall: float, progress: Progress | None
+    opened: OpenModel,
+    ids: list[int],
+    run: RunConfig,
+    recall: float,
+    taken: Mapping[str, torch.Tensor],
+    progress: Progress | None,
 ) -> tuple[list[LayerSparsity], dict[str, torch.Tensor]]:
     parts = _cut(ids)
-    done = Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids}")
+    done = Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids} {_digest(taken)}")
     # Nothing is pinned: what the budget has beside one layer is for what is learned of it.
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
     _check_room(opened, len(ids), run)
@@ -194,11 +200,19 @@ def _layers(
             if index not in done.layers and isinstance(block.ffn, RecordFfn):
                 with torch.inference_mode(False):
                     width = block.ffn.parts[0].slice.nbytes // block.ffn.parts[0].rows
-                    done.keep(*_fit(index, inputs, gate, gate_bias, engine.config.hidden_act, recall, width))
+                    known = tuple(taken[f"layers.{index}.{name}"] for name in ("a", "b", "bias")) if taken else None
+                    done.keep(*_fit(index, inputs, gate, gate_bias, engine.config.hidden_act, recall, width, known))
                 del gate
     if not done.layers:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
     return [done.layers[i] for i in sorted(done.layers)], done.tensors()
+
+
+def _digest(taken: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(taken):
+        found.update(taken[name].numpy())
+    return found.hexdigest()
 
 
 def _cut(ids: list[int]) -> list[list[int]]:
@@ -248,13 +262,18 @@ def _fit(
     act: str,
     recall: float,
     record_bytes: int,
+    known: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[LayerSparsity, dict[str, torch.Tensor]]:
-    """A layer's predictor, and what it does; its input at all tokens x [N, d], a record's bytes."""
+    """A layer's predictor, and what it does: learned, or with a threshold anew if it is `known`; x [N, d] its input."""
     bias = None if bias is None else bias.clone()  # out of inference mode
     fired = torch.empty(len(x), len(gate), dtype=torch.bool)
     for rows, into in zip(x.split(BATCH), fired.split(BATCH), strict=True):
         into.copy_(ACTIVATIONS[act](rows @ gate.T if bias is None else rows @ gate.T + bias) != 0)
-    fitted = fit(x, fired, gate, bias, recall, max(2, int(HELD_SHARE * len(x))), record_bytes)
+    if known is not None:
+        a, b, offset = known
+        fitted = judged(a.float(), b.float(), offset, x, fired, recall)
+    else:
+        fitted = fit(x, fired, gate, bias, recall, max(2, int(HELD_SHARE * len(x))), record_bytes)
     found = LayerSparsity(
         layer,
         len(fitted.a),

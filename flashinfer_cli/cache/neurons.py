@@ -75,6 +75,11 @@ class NeuronCache:
         return sum(buffer.nbytes for buffer in (*self._passing, *self._staging, self._early, self._late))
 
     @property
+    def guesses(self) -> bool:
+        """Is there room to read ahead for a layer."""
+        return bool(self._staging)
+
+    @property
     def room(self) -> dict[int, int]:
         """Slots by layer."""
         return {index: sum(len(part) for part in layer.memory) for index, layer in self.layers.items()}

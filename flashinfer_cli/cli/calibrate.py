@@ -48,7 +48,7 @@ def calibrate(
         Path | None,
         typer.Option(
             "--like", metavar="BUNDLE", rich_help_panel=PROMPT,
-            help="Take the predictors of a calibrated bundle of the same model in other formats.",
+            help="Take the predictors of a calibrated bundle of the same model; set only their thresholds.",
         ),
     ] = None,
     max_ppl_increase: Annotated[

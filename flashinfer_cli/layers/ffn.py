@@ -131,7 +131,12 @@ class SparseFfn:
             else:
                 rt.recorder.neurons(self.layer, len(ids), self.count)
                 arriving = iter(self.cache.fetch(self.layer, ids))
-                if self.behind is not None and isinstance(self.cache, NeuronCache) and len(x) == 1:
+                if (
+                    self.behind is not None
+                    and isinstance(self.cache, NeuronCache)
+                    and len(x) == 1
+                    and self.cache.guesses
+                ):
                     with rt.recorder.computing():
                         guessed = self.behind(one)
                     self.cache.guess(self.behind.layer, guessed)
