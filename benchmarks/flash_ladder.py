@@ -40,7 +40,8 @@ from flashinfer_cli.apps.calibrate import calibrate, read_text
 from flashinfer_cli.bundles.format import RecordPart
 from flashinfer_cli.bundles.reorder import reorder
 from flashinfer_cli.bundles.sparsity import read_sparsity
-from flashinfer_cli.cache.neurons import NeuronCache, NeuronFile
+from flashinfer_cli.cache.neurons import NeuronCache
+from flashinfer_cli.cache.slots import NeuronFile
 from flashinfer_cli.cli.console import Console
 from flashinfer_cli.cli.tables import Table
 from flashinfer_cli.config import NEURON_BLOCK, RunConfig
@@ -177,7 +178,7 @@ def arranged(row: Row, share: float, predictors: int, cache: type[NeuronCache]) 
         left = budget - predictors - sum(size for size, stays in zip(sizes.slices, trunk, strict=True) if stays)
         if left < 0:
             raise SystemExit(f"a share of {share:.0%} does not hold what is not FFN; --share must be larger")
-        return replace(found, pinned=trunk, neuron_bytes=left if row.keep == "slots" else 0)
+        return replace(found, pinned=trunk, neuron_bytes=left if row.keep == "slots" else 0, late_bytes=0)
 
     engine_module.make_plan = plan
     build.NeuronCache = cache  # type: ignore[misc]

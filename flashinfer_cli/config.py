@@ -275,6 +275,7 @@ DEFAULT_MAX_TOKENS = 256
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet
 MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
 NEURON_BLOCK = 256  # active neurons computed at once, while those of the next blocks are read
+FEW_TOKENS = 32  # of a pass that leaves to neurons the memory that a prompt's pass would take
 NEURON_STAGES = 4  # such blocks on their way at once
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 

@@ -128,6 +128,9 @@ class Engine:
         self.neuron_wants = {layer.layer: layer.working_set(run.window) for layer in known}
         records = getattr(model.checkpoint, "records", {})
         self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}
+        if run.memory not in (None, "auto"):
+            devices.let_go_of_code()
+            self._warm_up()  # what computing needs of it is back when the plan is made
         self.plan, self.run = plan_model(model, layout, run, self.device)
         if notify is not None:
             notify(str(self.plan))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .config import MiB, format_size
+from .config import FEW_TOKENS, MiB, format_size
 from .errors import BudgetError
 from .report import PlanPart
 
@@ -54,6 +54,7 @@ class MemoryPlan:
     pinned: tuple[bool, ...]
     ring_bytes: int
     neuron_bytes: int  # slots for neurons that predictors ask for; 0 where they are pinned or there are no predictors
+    late_bytes: int  # more of these slots, where a prompt under way has its ring and scratch
     demand_bytes: int  # a second ring, for slices that are asked for when a token turns out to need them
     expert_slots: int  # experts that stay, of all layers together
     transit_experts: int  # slots for those on their way, and for guesses
@@ -105,6 +106,18 @@ def pin(sizes: Sizes, room: int) -> tuple[bool, ...]:
     first = spread(often, min(room, sum(often)))
     second = spread(rest, max(0, room - sum(often)))
     return tuple(b if seldom else a for a, b, seldom in zip(first, second, sizes.seldom, strict=True))
+
+
+def _often(sizes: Sizes) -> int:
+    """Bytes of the slices that every token needs, where others come neuron by neuron; else 0."""
+    if not sizes.neurons:
+        return 0
+    return sum(size for size, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom)
+
+
+def _slots_note(neurons: int, late: int, of: int) -> str:
+    more = f", {(neurons + late) / of:.0%} behind a prompt" if late else ""
+    return f"{neurons / of:.0%} of them{more}"
 
 
 def make_plan(
@@ -162,6 +175,13 @@ def make_plan(
     others = whole - fixed(least_chunk) if fits else ring + transit * sizes.expert + (budget - least) // 2
     while chunk > least_chunk and fixed(chunk) + others > budget:
         chunk = max(least_chunk, chunk // 2)
+    if sizes.neurons and card is None and not always:
+        # Bytes that every token would read cost more than those that a prompt reads once more.
+        often, least_ring = _often(sizes), min(demand, RING_LEAST * largest)
+        while chunk > FEW_TOKENS and fixed(chunk) - demand + least_ring + often > budget >= (
+            fixed(least_chunk) - demand + least_ring + often
+        ):
+            chunk = max(FEW_TOKENS, chunk // 2)
     left = budget - fixed(chunk) - transit * sizes.expert
     room = left if card is None else card - kv - sizes.always - sizes.scratch(chunk) - RESERVE
     pinned: tuple[bool, ...] = (False,) * len(sizes.slices)
@@ -172,15 +192,14 @@ def make_plan(
         pinned, ring, demand = (True,) * len(sizes.slices), 0, 0
         left -= all_slices if card is None else 0
     else:
-        often = (
-            sum(s for s, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom) if sizes.neurons else 0
-        )
+        often = _often(sizes)
         spare = max(0, demand - RING_LEAST * largest)
         if sizes.neurons and often <= left + spare:
             # Nothing streams but prompts' neurons: all that every token needs stays, if need be at the cost of how far
-            # those are read ahead; what is left is for neurons.
-            if often > left:
-                demand, left = demand - spare, left + spare
+            # those are read ahead, for which a quarter of what is left is enough; the rest is for neurons.
+            extra = left + spare - often
+            kept = min(spare, extra // 4)
+            demand, left = demand - spare + kept, left + spare - kept
             ring, more, seldom_room = 0, 0, often
         else:
             left -= ring
@@ -191,10 +210,12 @@ def make_plan(
             seldom_room = min(seldom_room, often)
         pinned = pin(sizes, seldom_room)
         left -= sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p) if card is None else 0
-    neurons = 0
+    neurons = late = 0
     if sizes.neurons and not all(pinned) and not always:
         neurons = min(sizes.neurons, max(0, left))
         left -= neurons
+        lent = demand + sizes.scratch(chunk) - sizes.scratch(min(chunk, FEW_TOKENS))
+        late = min(sizes.neurons - neurons, lent)
     if has_experts and not always and left >= num_experts * sizes.expert:
         slots = num_experts
     elif has_experts:  # what one token asks of a layer may be on its way, beside one that is computed
@@ -221,7 +242,7 @@ def make_plan(
     ]
     if neurons:
         parts.insert(
-            4, PlanPart("neuron slots", neurons + sizes.neuron_block, note=f"{neurons / sizes.neurons:.0%} of them")
+            4, PlanPart("neuron slots", neurons + sizes.neuron_block, note=_slots_note(neurons, late, sizes.neurons))
         )
     if has_experts:
         note = f"{slots} of {num_experts}, {transit} on their way"
@@ -234,6 +255,7 @@ def make_plan(
         pinned=pinned,
         ring_bytes=ring,
         neuron_bytes=neurons,
+        late_bytes=late,
         demand_bytes=demand,
         expert_slots=slots,
         transit_experts=transit,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import flashinfer_cli as fc
 from flashinfer_cli import zoo
@@ -26,13 +28,12 @@ TEXT = " ".join(f"{WORDS[i * 7 % 3]} {i % 13}" for i in range(200))
 OPTIONS = {"tokens": 1000, "evaluate_tokens": 200}
 
 
-def make(folder: Path, act: str) -> Path:
+def make(folder: Path, act: str, shape: Shape | None = None) -> Path:
     torch.manual_seed(1)
-    shape = Shape(
+    shape = shape or Shape(
         vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        hidden_act=act,
     )  # fmt: skip
-    model = Decoder(shape)
+    model = Decoder(replace(shape, hidden_act=act))
     (folder / "m").mkdir(parents=True)
     write_folder(model, data.train_tokenizer(WORDS, 300), folder / "m")
     return fc.bundle(folder / "m", folder / "b")
@@ -121,6 +122,28 @@ def test_a_bundle_that_changed_since_is_refused(copy):
     app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)  # as the hint says
     with fc.load(copy, context=16) as engine:
         assert engine.exactness == "sparse"
+
+
+def test_predictors_of_the_same_model_in_other_formats(bundle, copy, tmp_path):
+    app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
+    rounded = fc.bundle(bundle.parent / "m", tmp_path / "r", quantize_trunk="int8")
+    found = app.calibrate(rounded, TEXT, RunConfig(), **OPTIONS, like=copy)
+    mine, others = (load_file(each / PREDICTORS_FILE) for each in (rounded, copy))
+    assert all(torch.equal(mine[name], others[name]) for name in mine if not name.endswith("bias"))
+    fewer = app.calibrate(rounded, TEXT, RunConfig(), **OPTIONS, like=rounded, recall=0.8)  # and other thresholds
+    for loose, strict in zip(fewer.layers, found.layers, strict=True):
+        assert 0.75 < loose.recall < 0.9 < 0.95 < strict.recall and loose.predicted < strict.predicted
+    theirs = json.loads((copy / SPARSITY_FILE).read_text())
+    assert found.quality["dense_perplexity"] != theirs["quality"]["dense_perplexity"]  # measured here
+    assert found.tokens == theirs["tokens"] and len(found.layers) == 3
+    with fc.load(rounded, context=16) as engine:
+        assert engine.exactness == "sparse"
+    with pytest.raises(UsageError, match="no calibrated bundle"):
+        app.calibrate(rounded, TEXT, RunConfig(), **OPTIONS, like=bundle)
+    shape = Shape(vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    other = make(tmp_path / "o", "relu", shape)
+    with pytest.raises(UsageError, match="not of the same model"):
+        app.calibrate(other, TEXT, RunConfig(), **OPTIONS, like=copy)
 
 
 # ------------------------------------------------------------------ models without zeros

@@ -205,10 +205,11 @@ def decoded(path: Path, **options) -> tuple[torch.Tensor, fc.RunReport]:
         return torch.stack(rows), engine.report()
 
 
-def slots_of(monkeypatch, nbytes: int) -> None:
+def slots_of(monkeypatch, nbytes: int, late: int = 0) -> None:
     """Have the next runs with stream="always" keep so many bytes of neurons: no budget is that exact."""
     monkeypatch.setattr(
-        "flashinfer_cli.engine.make_plan", lambda *a, **k: replace(make_plan(*a, **k), neuron_bytes=nbytes)
+        "flashinfer_cli.engine.make_plan",
+        lambda *a, **k: replace(make_plan(*a, **k), neuron_bytes=nbytes, late_bytes=late),
     )
 
 
@@ -328,8 +329,47 @@ def test_a_prompt_leaves_its_neurons_in_the_slots(bundle, monkeypatch, policy):
             assert np.array_equal(layer.slot >= 0, layer.policy.held) and layer.policy.held.sum() > 20
             stored = np.fromfile(layer.file.path, np.uint8)[layer.file.base :].reshape(-1, layer.file.width)
             ids = np.flatnonzero(layer.slot >= 0)
-            assert np.array_equal(layer.rows[layer.slot[ids]], stored[ids])
+            assert np.array_equal(np.concatenate(layer.memory)[layer.slot[ids]], stored[ids])
             assert layer.policy.time == len(PROMPT) and layer.policy.hits == layer.policy.misses == 0
+
+
+@pytest.mark.parametrize("policy", NEURON_POLICIES)
+def test_a_prompt_has_the_late_slots(bundle, tmp_path, monkeypatch, policy):
+    """Between two prompts there are more slots, with the same bits; a replay counts what the run counted."""
+
+    def run(engine: fc.Engine) -> torch.Tensor:
+        session, rows = engine.session(), []
+        for tokens in (STEPS, STEPS[::-1]):
+            rows.append(session.prefill(PROMPT))
+            for index, layer in (engine.neurons.layers if engine.run.stream == "always" else {}).items():
+                assert engine.neurons.prompt_room[index] == 40 >= layer.policy.held.sum() > 20
+                assert not layer.memory[1].any()
+                check(layer)
+            rows += [session.step(token) for token in tokens]
+        return torch.stack(rows)
+
+    def check(layer) -> None:
+        stored = np.fromfile(layer.file.path, np.uint8)[layer.file.base :].reshape(-1, layer.file.width)
+        ids = np.flatnonzero(layer.slot >= 0)
+        assert np.array_equal(np.concatenate(layer.memory)[layer.slot[ids]], stored[ids])
+        assert (
+            np.array_equal(layer.slot >= 0, layer.policy.held) and len(ids) + len(layer.free) == layer.policy.capacity
+        )
+
+    with fc.load(bundle, context=48) as engine:
+        want = run(engine)
+    slots_of(monkeypatch, 3 * 40 * 512, late=3 * 60 * 512)
+    options = {"stream": "always", "neuron_policy": policy, "window": 3}
+    with fc.load(bundle, context=48, **options) as engine, recording(engine, tmp_path / "t.jsonl.gz"):
+        assert torch.equal(run(engine), want)
+        layers = engine.neurons.layers.values()
+        assert max(layer.policy.held.sum() for layer in layers) > 60
+        for layer in layers:
+            check(layer)
+        counts = sum(layer.policy.hits for layer in layers), sum(layer.policy.misses for layer in layers)
+        assert reads(engine.report()) == counts[1] * 512
+    again = as_it_ran(read_trace(tmp_path / "t.jsonl.gz"))
+    assert (again.hits(), again.misses()) == counts
 
 
 # ------------------------------------------------------------------ traces

@@ -8,52 +8,46 @@ tokens. Layers done are kept beside the bundle until all are, so that a killed r
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import device
-from ..bundles.format import format_bytes
-from ..bundles.order import chain
+from ..bundles.format import RecordLayout, format_bytes
 from ..bundles.publish import write_atomic, writer_lock
 from ..bundles.sparsity import (
-    ORDER_FILE,
     PREDICTORS_FILE,
     SPARSITY_FILE,
     LayerSparsity,
     Sparsity,
     manifest_digest,
+    read_sparsity,
     sparsity_json,
 )
 from ..cache.kv import KVCache
 from ..config import MiB, RunConfig, format_size
 from ..engine import Engine
-from ..errors import BudgetError, TokenizerError, UnsupportedModelError, UsageError
+from ..errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
 from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
 from ..models.open import OpenModel, open_model
-from .evaluate import log_probs, windows
-from .predictors import BATCH, Whitened, fit, new_in_window
+from .partial import Partial, forget
+from .predictors import BATCH, fit, judged, new_in_window
+from .quality import SEQUENCE, Demands, Progress, quality
 
 TOKENS = 10_000
 LEAST_TOKENS = 1_000
-SEQUENCE = 512  # tokens of a window
+LIKE_TOKENS = 1_024  # that thresholds of predictors taken from elsewhere are set on
+WINDOWS_OF = (320, 128, 48, 16)  # tokens, in turns: a text's first tokens wake other neurons, and more of them
 HELD_SHARE = 0.2  # of the tokens: half to set the threshold, half to judge
-RANKS = (16, 32, 64, 128, 256)
-MOST_PREDICTED = 2.5  # times what fires: a predictor that names more is given a higher rank
 WINDOWS = (1, 2, 4, 8)
 SPARSE_ACTS = ("relu", "relu2")
-PARTIAL = ".calibration"
-
-Progress = Callable[[int, int, str], None]
 
 
 def calibrate(
@@ -64,13 +58,15 @@ def calibrate(
     tokens: int = TOKENS,
     recall: float = 0.98,
     evaluate_tokens: int = 1_000,
+    like: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sparsity:
     """Write predictors and statistics into a bundle; returns them.
 
-    `recall` is what each predictor must reach on held-out tokens; the rank is the least at which that names at most
-    MOST_PREDICTED times the neurons that fire. Raises UnsupportedModelError for what has no zeros to skip (SiLU, GELU),
-    UsageError for too little text.
+    `like` is a calibrated bundle of the same model, in other formats or this one: its predictors are taken, and only
+    their thresholds are set anew, on at most LIKE_TOKENS.
+    `recall` is what each predictor must reach on held-out tokens. Raises UnsupportedModelError for what has no zeros to
+    skip (SiLU, GELU), UsageError for too little text.
     """
     opened = open_model(bundle)
     _check(opened)
@@ -89,16 +85,17 @@ def calibrate(
     ids, test = ids[:-evaluate_tokens][:tokens], ids[-evaluate_tokens:]
     path = opened.checkpoint.path
     with writer_lock(path):
-        layers, predictors = _layers(opened, ids, run, recall, progress)
+        taken, learned = ({}, len(ids)) if like is None else _taken(opened, Path(like))
+        layers, predictors = _layers(opened, ids[:LIKE_TOKENS] if taken else ids, run, recall, taken, progress)
         (path / SPARSITY_FILE).unlink(missing_ok=True)  # of a calibration before: it goes with its predictors
         save_file(predictors, path / f"{PREDICTORS_FILE}.tmp")
         (path / f"{PREDICTORS_FILE}.tmp").replace(path / PREDICTORS_FILE)
-        found = Sparsity(manifest_digest(path), len(ids), tuple(layers), {})
-        demands = _Demands({layer.layer: opened.config.intermediate_size for layer in layers})
-        found = replace(found, quality=_quality(path, test, run, progress, demands, found))
+        found = Sparsity(manifest_digest(path), learned, tuple(layers), {})
+        demands = Demands({layer.layer: opened.config.intermediate_size for layer in layers})
+        found = replace(found, quality=quality(path, test, run, progress, demands, found))
         demands.write_order(path, progress)
         write_atomic(path / SPARSITY_FILE, sparsity_json(found))  # the last: now the bundle runs sparse
-        _forget(path)
+        forget(path)
     return found
 
 
@@ -145,14 +142,39 @@ def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
         )
 
 
+def _taken(opened: OpenModel, like: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """Predictors of another bundle of the same model, and the tokens they were learned from. Raises UsageError where
+    it has none that fit, BundleError where they are damaged."""
+    found = read_sparsity(like)
+    if found is None:
+        raise UsageError(f"{like} is no calibrated bundle.", "Calibrate it first, or leave --like out.")
+    records: dict[int, RecordLayout] = getattr(opened.checkpoint, "records", {})
+    try:
+        predictors = load_file(like / PREDICTORS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{like / PREDICTORS_FILE} cannot be read: {error}.", "Calibrate it again.") from None
+    shapes = {
+        layer.layer: (predictors[f"layers.{layer.layer}.a"].shape[1], len(predictors[f"layers.{layer.layer}.b"]))
+        for layer in found.layers
+    }
+    if shapes != {layer: (opened.config.hidden_size, each.count) for layer, each in records.items()}:
+        raise UsageError(f"{like} is not of the same model: its layers have other sizes.")
+    return predictors, found.tokens
+
+
 # ------------------------------------------------------------------ layer by layer
 
 
 def _layers(
-    opened: OpenModel, ids: list[int], run: RunConfig, recall: float, progress: Progress | None
+    opened: OpenModel,
+    ids: list[int],
+    run: RunConfig,
+    recall: float,
+    taken: Mapping[str, torch.Tensor],
+    progress: Progress | None,
 ) -> tuple[list[LayerSparsity], dict[str, torch.Tensor]]:
-    parts = [ids[i : i + SEQUENCE] for i in range(0, len(ids), SEQUENCE)]
-    done = _Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids}")
+    parts = _cut(ids)
+    done = Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids} {_digest(taken)}")
     # Nothing is pinned: what the budget has beside one layer is for what is learned of it.
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
     _check_room(opened, len(ids), run)
@@ -177,12 +199,31 @@ def _layers(
                     gate, gate_bias = _gate(block.ffn, engine)
             if index not in done.layers and isinstance(block.ffn, RecordFfn):
                 with torch.inference_mode(False):
-                    before = done.layers[index - 1].rank if index - 1 in done.layers else 0
-                    done.keep(*_fit(index, inputs, gate, gate_bias, engine.config.hidden_act, recall, before))
+                    width = block.ffn.parts[0].slice.nbytes // block.ffn.parts[0].rows
+                    known = tuple(taken[f"layers.{index}.{name}"] for name in ("a", "b", "bias")) if taken else None
+                    done.keep(*_fit(index, inputs, gate, gate_bias, engine.config.hidden_act, recall, width, known))
                 del gate
     if not done.layers:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
     return [done.layers[i] for i in sorted(done.layers)], done.tensors()
+
+
+def _digest(taken: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(taken):
+        found.update(taken[name].numpy())
+    return found.hexdigest()
+
+
+def _cut(ids: list[int]) -> list[list[int]]:
+    """The text as windows of WINDOWS_OF tokens in turns; each begins a sequence."""
+    parts: list[list[int]] = []
+    place = 0
+    while place < len(ids):
+        size = WINDOWS_OF[len(parts) % len(WINDOWS_OF)]
+        parts.append(ids[place : place + size])
+        place += size
+    return parts
 
 
 def watched(block: Block, inputs: torch.Tensor) -> Block:
@@ -220,20 +261,19 @@ def _fit(
     bias: torch.Tensor | None,
     act: str,
     recall: float,
-    rank_before: int,
+    record_bytes: int,
+    known: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[LayerSparsity, dict[str, torch.Tensor]]:
-    """A layer's predictor: of the least rank that is good enough, from half of what the layer before needed on."""
+    """A layer's predictor, and what it does: learned, or with a threshold anew if it is `known`; x [N, d] its input."""
     bias = None if bias is None else bias.clone()  # out of inference mode
     fired = torch.empty(len(x), len(gate), dtype=torch.bool)
     for rows, into in zip(x.split(BATCH), fired.split(BATCH), strict=True):
         into.copy_(ACTIVATIONS[act](rows @ gate.T if bias is None else rows @ gate.T + bias) != 0)
-    held = max(2, int(HELD_SHARE * len(x)))
-    start = Whitened(x[: len(x) - held], gate)
-    usable = [rank for rank in RANKS if rank * 2 <= min(gate.shape)] or [RANKS[0]]
-    for rank in [rank for rank in usable if rank * 2 >= rank_before] or usable[-1:]:
-        fitted = fit(x, fired, start, bias, rank, recall, held)
-        if fitted.predicted <= MOST_PREDICTED * fitted.density and fitted.recall >= recall - 0.02:
-            break
+    if known is not None:
+        a, b, offset = known
+        fitted = judged(a.float(), b.float(), offset, x, fired, recall)
+    else:
+        fitted = fit(x, fired, gate, bias, recall, max(2, int(HELD_SHARE * len(x))), record_bytes)
     found = LayerSparsity(
         layer,
         len(fitted.a),
@@ -246,112 +286,3 @@ def _fit(
     )
     names = {"a": fitted.a.half(), "b": fitted.b.half(), "bias": fitted.bias}
     return found, {f"layers.{layer}.{name}": value.contiguous() for name, value in names.items()}
-
-
-class _Partial:
-    """Layers that are done, in a hidden folder beside the bundle, for the same bundle, text and recall only."""
-
-    def __init__(self, bundle: Path, what: str) -> None:
-        self.folder = _folder(bundle)
-        key = hashlib.sha256(what.encode()).hexdigest()
-        if not (self.folder / "key").exists() or (self.folder / "key").read_text() != key:
-            _forget(bundle)
-            self.folder.mkdir()
-            (self.folder / "key").write_text(key)
-        self.layers: dict[int, LayerSparsity] = {}
-        for file in self.folder.glob("*.json"):
-            layer = LayerSparsity(**json.loads(file.read_text()))
-            self.layers[layer.layer] = layer
-
-    def keep(self, layer: LayerSparsity, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, self.folder / f"{layer.layer}.safetensors")
-        write_atomic(self.folder / f"{layer.layer}.json", json.dumps(asdict(layer)).encode())
-        self.layers[layer.layer] = layer
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {k: v for i in self.layers for k, v in load_file(self.folder / f"{i}.safetensors").items()}
-
-
-def _folder(bundle: Path) -> Path:
-    return bundle.with_name(f".{bundle.name}{PARTIAL}")
-
-
-def _forget(bundle: Path) -> None:
-    folder = _folder(bundle)
-    if folder.exists():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-
-
-class _Demands:
-    """What the tokens of a run demanded of each layer, a bit a neuron."""
-
-    def __init__(self, counts: dict[int, int]) -> None:
-        self.counts = counts
-        self.tokens: dict[int, list[np.ndarray]] = {layer: [] for layer in counts}
-
-    def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
-        if phase == "decode":
-            demanded = np.zeros(self.counts[layer], bool)
-            demanded[chosen[0]] = True
-            self.tokens[layer].append(np.packbits(demanded))
-
-    def write_order(self, path: Path, progress: Progress | None) -> None:
-        """Which neurons belong side by side, for `reorder`."""
-        orders: dict[str, torch.Tensor] = {}
-        for layer, count in self.counts.items():
-            if progress is not None:
-                progress(len(orders), len(self.counts), "finding which neurons fire together")
-            tokens = [np.flatnonzero(np.unpackbits(packed, count=count)) for packed in self.tokens[layer]]
-            orders[str(layer)] = torch.from_numpy(chain(tokens, count))
-        save_file(orders, path / f"{ORDER_FILE}.tmp")
-        (path / f"{ORDER_FILE}.tmp").replace(path / ORDER_FILE)
-
-
-# ------------------------------------------------------------------ what it costs
-
-
-def _quality(
-    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: _Demands, found: Sparsity
-) -> dict[str, float]:
-    """Perplexity of held-out tokens, computed as at decoding and densely, and how often both have the same choice."""
-    sparse, chosen = _score(path, ids, replace(run, exact=False), progress, demands, found)
-    dense, wanted = _score(path, ids, replace(run, exact=True), progress)
-    return {
-        "perplexity": sparse,
-        "dense_perplexity": dense,
-        "top1_agreement": float((chosen == wanted).float().mean()),
-    }
-
-
-def _score(
-    path: Path,
-    ids: list[int],
-    run: RunConfig,
-    progress: Progress | None,
-    demands: _Demands | None = None,
-    found: Sparsity | None = None,
-) -> tuple[float, torch.Tensor]:
-    """(perplexity, the first choice at every position) of one run; `demands` takes down what it asks for; `found`
-    is not written yet."""
-    settled = replace(run, context=SEQUENCE, logit_rows=64, prefill_chunk=64)
-    nats, count, chosen = 0.0, 0, []
-    what = "measuring it dense" if run.exact else "measuring it sparse"
-    opened = open_model(path)
-    if found is not None:
-        vars(opened)["sparsity"] = found  # as if it had been read
-    with Engine(opened, settled) as engine:
-        if demands is not None and engine.neurons is not None:
-            engine.neurons.trace = demands
-        for window in windows(ids, SEQUENCE):
-            place = 0
-            for lp in log_probs(engine, window):
-                targets = torch.tensor(window[place + 1 : place + 1 + len(lp)])
-                nats -= float(lp[: len(targets)].gather(1, targets[:, None]).sum())
-                count += len(targets)
-                place += len(lp)
-                chosen.append(lp.argmax(-1))
-                if progress is not None:
-                    progress(count, len(ids), what)
-    return math.exp(nats / count), torch.cat(chosen)

@@ -1,7 +1,7 @@
 """Training one layer's predictor (2312.11514, 3.1): which neurons fire, told from the input of the FFN.
 
-A(x) then B: the best linear map of rank r for the gate's own pre-activations under the inputs seen is where training
-starts (in closed form); a balanced cross-entropy then bends it from their value to their sign.
+A(x) then B: the best linear map of rank r for the gate's own pre-activations under the inputs seen, in closed form. A
+balanced cross-entropy can bend it from their value to their sign, which is tried where the former names too many.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import torch.nn.functional as F
 EPOCHS = 6
 BATCH = 512
 LEARNING_RATE = 1e-3
+RANKS = (16, 32, 64, 128, 256)
+SLOT_WORTH = 0.3  # of a read a token: how much a slot more saves, about, where few of the neurons have one
+GOOD_ENOUGH = 1.6  # times what fires: a predictor that names less is not trained further
+RECALL_SLACK = 0.005  # of two predictors, how much less the better one may find
 ROUNDS = 3  # of subspace iteration
 OVERSAMPLE = 32  # axes more than are asked for, so that the last of these are right too
 
@@ -31,6 +35,11 @@ class Fitted:
     recall: float
     precision: float
     fired: torch.Tensor  # bool [held-out tokens, d_ff]: what is predicted there
+
+    @property
+    def kept_bytes(self) -> int:
+        """In memory, in 8 bits and a scale for every 32."""
+        return 34 * (self.a.numel() + self.b.numel()) // 32 + 4 * self.bias.numel()
 
     @property
     def nbytes(self) -> int:
@@ -67,60 +76,88 @@ class Whitened:
         return torch.linalg.solve_triangular(self.root.T, axes, upper=True).T, self.gate @ (self.root @ axes)
 
 
-def fit(
-    x: torch.Tensor, fired: torch.Tensor, start: Whitened, gate_bias: torch.Tensor | None, rank: int, recall: float,
-    held: int, seed: int = 0,
-) -> Fitted:  # fmt: skip
-    """x float32 [N, d], fired bool [N, d_ff]; `start` is of the rows but the last `held`, which choose the threshold
-    and judge it.
+def judged(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, fired: torch.Tensor, recall: float
+) -> Fitted:
+    """A predictor with its threshold: x float32 [n, d], fired bool [n, d_ff] of tokens it was not made from.
 
-    The threshold is the highest at which half of the held-out tokens reach `recall`; the other half is what the figures
-    are of.
+    The threshold is the highest at which every other token reaches `recall`, all of their neurons together; the figures
+    are of the tokens between those.
     """
+    a, b = a.half().float(), b.half().float()
+    logits = F.linear(F.linear(x, a), b, bias)
+    choose, test = slice(0, None, 2), slice(1, None, 2)
+    hits = logits[choose][fired[choose]]
+    threshold = float(np.quantile(hits.numpy(), 1 - recall)) if len(hits) else 0.0
+    guessed, active = logits > threshold, fired[test]
+    both = (guessed[test] & active).sum()
+    return Fitted(
+        a,
+        b,
+        bias - threshold,
+        density=float(active.float().mean()),
+        predicted=float(guessed[test].float().mean()),
+        recall=float(both / active.sum().clamp(min=1)),
+        precision=float(both / guessed[test].sum().clamp(min=1)),
+        fired=guessed,
+    )
+
+
+def train(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, fired: torch.Tensor, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A, B and bias bent from the value of the pre-activations to their sign, on x float32 [n, d], fired bool
+    [n, d_ff]."""
     generator = torch.Generator().manual_seed(seed)
-    learn, judge = slice(0, len(x) - held), slice(len(x) - held, len(x))
-    a, b = start.of_rank(rank)
-    bias = torch.zeros(len(b)) if gate_bias is None else gate_bias.clone()
-    scale = (x[learn][:1024] @ a.T @ b.T + bias).std() / 2
-    a, b, bias = a.clone(), b / scale, bias / scale
-    parameters = [a, b, bias]
+    scale = (F.linear(F.linear(x[:1024], a), b, bias)).std() / 2
+    parameters = [a.clone(), b / scale, bias / scale]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    share = fired[learn].float().mean().clamp(1e-4, 0.5)
+    share = fired.float().mean().clamp(1e-4, 0.5)
     weight = (1 - share) / share  # a silent neuron is the rule: what fires counts as much in sum
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-    steps, count = EPOCHS * -(-(len(x) - held) // BATCH), 0
+    steps, count = EPOCHS * -(-len(x) // BATCH), 0
     for _ in range(EPOCHS):
-        order = torch.randperm(len(x) - held, generator=generator)
-        for rows in order.split(BATCH):
+        for rows in torch.randperm(len(x), generator=generator).split(BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * (1 - count / steps)
-            logits = F.linear(F.linear(x[rows], a), b, bias)
+            logits = F.linear(F.linear(x[rows], parameters[0]), parameters[1], parameters[2])
             loss = F.binary_cross_entropy_with_logits(logits, fired[rows].float(), pos_weight=weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             count += 1
-    with torch.no_grad():
-        a, b, bias = a.half().float(), b.half().float(), bias.clone()
-        logits = F.linear(F.linear(x[judge], a), b, bias)
-        choose, test = slice(0, held // 2), slice(held // 2, held)
-        active = fired[judge]
-        hits = logits[choose][active[choose]]
-        threshold = float(np.quantile(hits.numpy(), 1 - recall)) if len(hits) else 0.0
-        bias -= threshold
-        guessed = logits - threshold > 0
-        both = (guessed[test] & active[test]).sum()
-        return Fitted(
-            a,
-            b,
-            bias,
-            density=float(active[test].float().mean()),
-            predicted=float(guessed[test].float().mean()),
-            recall=float(both / active[test].sum().clamp(min=1)),
-            precision=float(both / guessed[test].sum().clamp(min=1)),
-            fired=guessed[test],
-        )
+    return parameters[0].detach(), parameters[1].detach(), parameters[2].detach()
+
+
+def fit(
+    x: torch.Tensor, fired: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor | None, recall: float,
+    held: int, record_bytes: int, seed: int = 0,
+) -> Fitted:  # fmt: skip
+    """x float32 [N, d], fired bool [N, d_ff], gate [d_ff, d]; the last `held` tokens choose and judge, others teach.
+
+    Of the RANKS the one for which reads and memory together cost least: what is predicted a token, and the records of
+    `record_bytes` whose slots the predictor takes, each worth SLOT_WORTH of a read. Where that still names more than
+    GOOD_ENOUGH times what fires, it is trained as well, and the better of the two is taken.
+    """
+    learn, rest = slice(0, len(x) - held), slice(len(x) - held, len(x))
+    usable = [rank for rank in RANKS if rank * 2 <= min(gate.shape)] or [RANKS[0]]
+    start = Whitened(x[learn], gate, usable[-1])
+    bias = torch.zeros(len(gate)) if gate_bias is None else gate_bias
+    best, least = None, np.inf
+    for rank in usable:
+        found = judged(*start.of_rank(rank), bias, x[rest], fired[rest], recall)
+        cost = found.predicted * len(gate) + SLOT_WORTH * found.kept_bytes / record_bytes
+        if cost >= least:
+            break
+        best, least = found, cost
+    assert best is not None
+    if best.predicted > GOOD_ENOUGH * best.density:
+        a, b = start.of_rank(len(best.a))
+        bent = judged(*train(a, b, bias, x[learn], fired[learn], seed), x[rest], fired[rest], recall)
+        if bent.predicted < best.predicted and bent.recall >= best.recall - RECALL_SLACK:
+            return bent
+    return best
 
 
 def new_in_window(fired: torch.Tensor, windows: tuple[int, ...]) -> dict[str, float]:

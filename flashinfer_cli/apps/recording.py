@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..cache.neurons import NeuronCache, Pinned
+from ..cache.neurons import NeuronCache
+from ..cache.pinned import Pinned
 from ..cache.trace import TraceWriter, open_trace
 from ..engine import Engine
 from ..errors import UsageError
@@ -58,6 +59,7 @@ def _neurons(engine: Engine, cache: NeuronCache | Pinned, path: Path) -> Iterato
         "wants": engine.neuron_wants,
         "filled": isinstance(cache, Pinned),
         "room": cache.room if isinstance(cache, NeuronCache) else records,
+        "prompt_room": cache.prompt_room if isinstance(cache, NeuronCache) else records,
     }
     with open_trace(path) as out:
         cache.trace = TraceWriter(out, "neurons", records, sizes, **about)

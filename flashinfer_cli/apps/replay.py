@@ -53,9 +53,12 @@ def run_policy(policy: P, demands: Sequence[Demand], *, filled: bool = False) ->
 def as_it_ran(trace: Trace) -> AnyPolicy:
     """The policy and size of the run that was recorded: the same hits and misses as it counted itself."""
     if trace.kind == "neurons":
-        room = {int(layer): int(slots) for layer, slots in trace.about["room"].items()}
+        room, prompt_room = (
+            {int(layer): int(slots) for layer, slots in found.items()}
+            for found in (trace.about["room"], trace.about.get("prompt_room", trace.about["room"]))
+        )
         name = "recent" if trace.about["filled"] else trace.about["policy"]  # what is pinned never goes
-        neurons = policies_by_layer(name, trace.records, room, trace.about["window"])
+        neurons = policies_by_layer(name, trace.records, room, trace.about["window"], prompt_room)
         return run_policy(neurons, trace.demands, filled=trace.about["filled"])
     policy = expert_policy(trace.about["policy"], trace.records, trace.about["slots"])
     return run_policy(policy, trace.demands, filled=trace.about.get("filled", False))

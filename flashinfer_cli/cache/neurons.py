@@ -9,56 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..config import NEURON_STAGES
-from ..device import Device, allocate
+from ..device import Device, allocate, give_back, release_free_memory
 from ..kernels.listed import Listed
 from ..report import Recorder
 from ..store.flash import FlashStore, Ticket
+from .pinned import Block, Tracing
+from .slots import NeuronFile, Slots
 from .window import NeuronPolicy
-
-Block = tuple[np.ndarray, "Listed | torch.Tensor"]  # ids, and their records
-
-
-class Tracing(Protocol):
-    """Who wants to know what is demanded, such as a TraceWriter."""
-
-    def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
-        """A token's demand of a layer: chosen int [1, k], ascending."""
-        ...
-
-
-@dataclass(frozen=True)
-class NeuronFile:
-    """A layer's records on flash: `count` of `width` bytes each, from byte `base` of `path` on."""
-
-    path: Path
-    base: int
-    count: int
-    width: int
-
-
-class _Layer:
-    def __init__(self, file: NeuronFile, policy: NeuronPolicy) -> None:
-        self.file = file
-        self.policy = policy
-        self.rows = allocate(policy.capacity * file.width).reshape(policy.capacity, file.width)
-        self.slot = np.full(file.count, -1, np.int64)  # by id; -1: not here
-        self.free = list(range(policy.capacity - 1, -1, -1))
-
-    def address(self, rows: np.ndarray) -> np.ndarray:
-        return self.rows.ctypes.data + rows * self.file.width
-
-    def take(self, ids: np.ndarray) -> np.ndarray:
-        """Free slots for as many of `ids` as there are: (those that got one, in their order)."""
-        ids = ids[: len(self.free)]
-        self.slot[ids] = [self.free.pop() for _ in range(len(ids))]
-        return ids
 
 
 @dataclass
@@ -88,9 +50,17 @@ class NeuronCache:
         policies: Mapping[int, NeuronPolicy],
         block: int,
         guesses: bool = False,
+        late: Mapping[int, int] | None = None,
     ) -> None:
         self.store, self.device, self.recorder, self.block = store, device, recorder, block
-        self.layers = {layer: _Layer(file, policies[layer]) for layer, file in files.items()}
+        late = late or dict.fromkeys(files, 0)
+        early = {layer: policies[layer].capacity - late[layer] for layer in files}
+        self._early, self._late = (
+            allocate(sum(slots[layer] * file.width for layer, file in files.items())) for slots in (early, late)
+        )
+        rows, more = (_shares(memory, files, slots) for memory, slots in ((self._early, early), (self._late, late)))
+        self.layers = {layer: Slots(file, policies[layer], rows[layer], more[layer]) for layer, file in files.items()}
+        self._whole = True  # are the late slots ours
         self.trace: Tracing | None = None
         width = max(file.width for file in files.values())
         # where what is read and not to stay is computed on: a place for each block on its way
@@ -102,14 +72,38 @@ class NeuronCache:
     @property
     def nbytes(self) -> int:
         """All buffers: slots, and what is on its way."""
-        return sum(buffer.nbytes for buffer in (*self._passing, *self._staging)) + sum(
-            layer.rows.nbytes for layer in self.layers.values()
-        )
+        return sum(buffer.nbytes for buffer in (*self._passing, *self._staging, self._early, self._late))
+
+    @property
+    def guesses(self) -> bool:
+        """Is there room to read ahead for a layer."""
+        return bool(self._staging)
 
     @property
     def room(self) -> dict[int, int]:
         """Slots by layer."""
-        return {index: layer.policy.capacity for index, layer in self.layers.items()}
+        return {index: sum(len(part) for part in layer.memory) for index, layer in self.layers.items()}
+
+    @property
+    def prompt_room(self) -> dict[int, int]:
+        """Slots by layer while a prompt is under way."""
+        return {index: len(layer.memory[0]) for index, layer in self.layers.items()}
+
+    def have(self, late: bool) -> bool:
+        """Whether the late slots are ours from now on, or a prompt's; returns whether that is a change."""
+        if late == self._whole or not len(self._late):
+            return False
+        self._whole = late
+        for layer in self.layers.values():
+            if late:
+                layer.have_back()
+            else:
+                layer.give_up()
+        if late:
+            release_free_memory()  # what the prompt was computed in
+        else:
+            give_back(self._late)
+        return True
 
     def read(
         self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...], urgent: bool
@@ -124,15 +118,9 @@ class NeuronCache:
         if self.trace is not None:
             self.trace.demand("decode", index, ids[None])
         missing, gone = layer.policy.demand(ids)
-        self._release(layer, gone)
+        layer.release(gone)
         self.recorder.cache(len(ids) - len(missing), len(missing))
         return Fetch(self, layer, ids, self._settle(index, ids))
-
-    @staticmethod
-    def _release(layer: _Layer, gone: np.ndarray) -> None:
-        gone = gone[layer.slot[gone] >= 0]
-        layer.free += layer.slot[gone].tolist()
-        layer.slot[gone] = -1
 
     # ---- ahead of need
     def guess(self, index: int, ids: np.ndarray) -> None:
@@ -185,17 +173,15 @@ class NeuronCache:
             if self.trace is not None:
                 self.trace.demand("prefill", index, ids[None])
             layer.policy.demand(ids, counted=False)
-        self._release(layer, np.flatnonzero(~layer.policy.held))
+        layer.release(np.flatnonzero(~layer.policy.held))
 
     def fill(self, index: int, start: int, records: torch.Tensor) -> None:
         """Records [start, start + n) of a layer pass by, uint8 [n, width]: keep those that the policy wants here."""
         layer = self.layers[index]
         here = slice(start, start + len(records))
-        wanted = np.flatnonzero(layer.policy.held[here] & (layer.slot[here] < 0))[: len(layer.free)]
-        if len(wanted):
-            taken = [layer.free.pop() for _ in wanted]
-            layer.rows[taken] = records.numpy()[wanted]
-            layer.slot[start + wanted] = taken
+        wanted = np.flatnonzero(layer.policy.held[here] & (layer.slot[here] < 0))
+        taken = layer.take(start + wanted)
+        layer.put(taken, records.numpy()[taken - start])
 
     def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """Those of neurons `ids` that are in memory, as `fetch` hands them out. Reads nothing, and nothing is noted."""
@@ -203,45 +189,20 @@ class NeuronCache:
         ids = ids[layer.slot[ids] >= 0]
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
-            yield block, self.hand_out(Listed(layer.address(layer.slot[block]), layer.file.width, (layer.rows,)))
+            yield block, self.hand_out(Listed(layer.address(layer.slot[block]), layer.file.width, layer.memory))
 
     def hand_out(self, records: Listed) -> Listed | torch.Tensor:
         """Where kernels find them: on the host where they stand, on a card as copies."""
         return records if self.device.is_host else self.device.put(records.gather())
 
 
-class Pinned:
-    """Records that all stay, as the slices they came in: the same neurons in the same blocks, and nothing read."""
-
-    def __init__(self, device: Device, recorder: Recorder, block: int) -> None:
-        self.device, self.recorder, self.block = device, recorder, block
-        self.homes: dict[int, tuple[list[torch.Tensor], int]] = {}  # layer -> (records by slice, records a slice)
-        self.trace: Tracing | None = None
-
-    def fetch(self, index: int, ids: np.ndarray) -> Iterator[Block]:
-        if self.trace is not None:
-            self.trace.demand("decode", index, ids[None])
-        self.recorder.cache(len(ids), 0)
-        return self.here(index, ids)
-
-    def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
-        """As `fetch`, but nothing is noted."""
-        homes, step = self.homes[index]
-        for first in range(0, len(ids), self.block):
-            block = ids[first : first + self.block]
-            if self.device.is_host:
-                bases = np.array([home.data_ptr() for home in homes])
-                width = homes[0].shape[1]
-                memory = tuple(home.numpy() for home in homes)
-                yield block, Listed(bases[block // step] + block % step * width, width, memory)
-                continue
-            where = torch.from_numpy(block).to(homes[0].device)
-            with self.recorder.computing():
-                if len(homes) == 1:
-                    rows = homes[0][where]
-                else:
-                    rows = torch.cat([home[where[where // step == i] % step] for i, home in enumerate(homes)])
-            yield block, rows
+def _shares(memory: np.ndarray, files: Mapping[int, NeuronFile], slots: Mapping[int, int]) -> dict[int, np.ndarray]:
+    """Rows of records for each layer, uint8 [slots, width], one layer's behind the other's."""
+    found, place = {}, 0
+    for layer, file in files.items():
+        found[layer] = memory[place : place + slots[layer] * file.width].reshape(slots[layer], file.width)
+        place += slots[layer] * file.width
+    return found
 
 
 class Fetch:
@@ -251,7 +212,7 @@ class Fetch:
     passing. Reads of NEURON_STAGES blocks are under way while the first of them is computed.
     """
 
-    def __init__(self, cache: NeuronCache, layer: _Layer, ids: np.ndarray, guess: _Guess | None) -> None:
+    def __init__(self, cache: NeuronCache, layer: Slots, ids: np.ndarray, guess: _Guess | None) -> None:
         self.cache, self.layer, self.guess = cache, layer, guess
         width = layer.file.width
         self.passing = [buffer[: cache.block * width].reshape(cache.block, width) for buffer in cache._passing]
@@ -278,7 +239,7 @@ class Fetch:
             missing &= ~guessed
         if not missing.any():
             return addresses, guessed, None
-        ticket = self.cache.read(layer.file, block[missing], addresses[missing], (layer.rows, rows), True)
+        ticket = self.cache.read(layer.file, block[missing], addresses[missing], (*layer.memory, rows), True)
         return addresses, guessed, ticket
 
     def _wait(self, ticket: Ticket) -> None:
@@ -289,16 +250,14 @@ class Fetch:
             elif ticket.error is not None:
                 ticket.wait()
         except Exception:  # nothing came: no slot may be thought to hold it
-            lost = np.flatnonzero(self.new)
-            self.layer.free += self.layer.slot[lost].tolist()
-            self.layer.slot[lost] = -1
+            self.layer.release(np.flatnonzero(self.new))
             raise
 
     def __iter__(self) -> Iterator[Block]:
         layer, cache = self.layer, self.cache
         for index, block in enumerate(self.blocks):
             addresses, guessed, ticket = self._begun[index]
-            memory: tuple[np.ndarray, ...] = (layer.rows, self.passing[index % NEURON_STAGES])
+            memory: tuple[np.ndarray, ...] = (*layer.memory, self.passing[index % NEURON_STAGES])
             if self.guess is not None and guessed.any():
                 self._wait(self.guess.ticket)
                 memory += (self.guess.rows,)
@@ -308,6 +267,6 @@ class Fetch:
             kept = guessed & self.new[block]
             if self.guess is not None and kept.any():
                 where = np.searchsorted(self.guess.ids, block[kept])
-                layer.rows[layer.slot[block[kept]]] = self.guess.rows[where]
+                layer.put(block[kept], self.guess.rows[where])
             if len(self._begun) < len(self.blocks):
                 self._begun.append(self._start(len(self._begun)))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.base import Extent
-from ..device import Device, allocate
+from ..device import Device, allocate, give_back
 from ..report import Recorder
 from ..store.flash import ALIGN, FlashStore, Span, Ticket, span_of
 
@@ -191,6 +191,11 @@ class Feed:
             assert self.demand_ring is not None
             self._demanded.update(streamed)
             self.demand_ring.schedule(streamed)
+
+    def rest(self) -> None:
+        """Give back the memory of the ring for demanded slices while it holds none; it comes back when it is used."""
+        if self.demand_ring is not None and not self.demand_ring.scheduled:
+            give_back(self.demand_ring.buffer)
 
     def begin(self, streamed: tuple[Slice, ...], following: Sequence[tuple[Slice, ...]] = ()) -> None:
         """Announce the pass that starts now and those that will follow: the slices of each that are not pinned, in

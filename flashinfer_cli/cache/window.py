@@ -33,6 +33,10 @@ class NeuronPolicy(Protocol):
         """
         ...
 
+    def resize(self, capacity: int) -> np.ndarray:
+        """Hold at most so many from now on; returns the ids to let go."""
+        ...
+
 
 class _Ranked:
     """What the policies share: those of lowest rank go first, none that this very token demands."""
@@ -78,6 +82,13 @@ class _Ranked:
                 free += count
         self.held[missing[:free]] = True
         return missing, gone
+
+    def resize(self, capacity: int) -> np.ndarray:
+        self.capacity = min(capacity, len(self.held))
+        held = np.flatnonzero(self.held)
+        gone = held[np.argsort(self.ranks()[held], kind="stable")[: max(0, len(held) - self.capacity)]]
+        self.held[gone] = False
+        return gone
 
 
 class Window(_Ranked):
@@ -157,14 +168,19 @@ def deal(room: int, counts: Mapping[int, int], widths: Mapping[int, int], wants:
 class ByLayer:
     """A policy for each layer, driven as the policies of experts are: for replay. Counts tokens that are decoded."""
 
-    def __init__(self, policies: Mapping[int, NeuronPolicy]) -> None:
+    def __init__(self, policies: Mapping[int, NeuronPolicy], prompt_room: Mapping[int, int] | None = None) -> None:
         self.policies = policies
+        self.room = {layer: policy.capacity for layer, policy in policies.items()}
+        self.prompt_room = prompt_room or self.room
         self.records = {layer: len(policy.held) for layer, policy in policies.items()}
 
     def demand(self, layer: int, chosen: np.ndarray, phase: str = "decode") -> None:
         """The tokens of a pass ask a layer for ids: int [T, k] ascending, -1 for none."""
+        policy, room = self.policies[layer], (self.prompt_room if phase == "prefill" else self.room)[layer]
+        if policy.capacity != room:
+            policy.resize(room)
         for row in chosen:
-            self.policies[layer].demand(row[row >= 0], counted=phase == "decode")
+            policy.demand(row[row >= 0], counted=phase == "decode")
 
     @property
     def counts(self) -> dict[tuple[str, int], list[int]]:
@@ -178,8 +194,16 @@ class ByLayer:
         return sum(misses for (name, _), (_, misses) in self.counts.items() if name == phase)
 
 
-def policies_by_layer(name: str, records: Mapping[int, int], room: Mapping[int, int], window: int) -> ByLayer:
-    """A policy by its name, for layers of so many neurons with room for so many; UsageError for one that is none."""
+def policies_by_layer(
+    name: str,
+    records: Mapping[int, int],
+    room: Mapping[int, int],
+    window: int,
+    prompt_room: Mapping[int, int] | None = None,
+) -> ByLayer:
+    """A policy by its name, for layers of so many neurons with room for so many, during a prompt for `prompt_room`;
+    UsageError for one that is none."""
     if name not in NEURON_POLICIES:
         raise UsageError(f"'{name}' is not a policy for neurons.", f"Policies are {', '.join(NEURON_POLICIES)}.")
-    return ByLayer({layer: make_policy(name, count, room[layer], window) for layer, count in records.items()})
+    policies = {layer: make_policy(name, count, room[layer], window) for layer, count in records.items()}
+    return ByLayer(policies, prompt_room)

@@ -44,6 +44,13 @@ def calibrate(
             help="Share of the neurons that fire which each predictor must name.",
         ),
     ] = 0.98,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like", metavar="BUNDLE", rich_help_panel=PROMPT,
+            help="Take the predictors of a calibrated bundle of the same model; set only their thresholds.",
+        ),
+    ] = None,
     max_ppl_increase: Annotated[
         str,
         typer.Option(
@@ -100,8 +107,9 @@ def calibrate(
             console.show([study_table(studied)])
         return
     found = learn(
-        bundle, given, replace(RunConfig(), memory=memory), tokens=tokens, recall=recall, progress=console.progress
-    )
+        bundle, given, replace(RunConfig(), memory=memory), tokens=tokens, recall=recall, like=like,
+        progress=console.progress,
+    )  # fmt: skip
     console.clear()
     if json:
         console.answer(as_json(asdict(found)))

@@ -9,7 +9,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..cache.neurons import NeuronCache, Pinned
+from ..cache.neurons import NeuronCache
+from ..cache.pinned import Pinned
+from ..config import FEW_TOKENS
 from ..kernels.activations import ACTIVATIONS
 from .demand import Demand
 from .linear import Linear, RowSlice, Runtime
@@ -114,6 +116,8 @@ class SparseFfn:
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]."""
         dense = self.dense
+        if isinstance(self.cache, NeuronCache) and self.cache.have(rt.mode.decoding and len(x) <= FEW_TOKENS):
+            rt.feed.rest()
         if not rt.mode.decoding:
             rt.feed.demand([part.slice for part in dense.parts])
             return dense(x, rt, self._warm(x, rt))
@@ -127,7 +131,12 @@ class SparseFfn:
             else:
                 rt.recorder.neurons(self.layer, len(ids), self.count)
                 arriving = iter(self.cache.fetch(self.layer, ids))
-                if self.behind is not None and isinstance(self.cache, NeuronCache) and len(x) == 1:
+                if (
+                    self.behind is not None
+                    and isinstance(self.cache, NeuronCache)
+                    and len(x) == 1
+                    and self.cache.guesses
+                ):
                     with rt.recorder.computing():
                         guessed = self.behind(one)
                     self.cache.guess(self.behind.layer, guessed)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..cache.neurons import NeuronCache, NeuronFile, Pinned
+from ..cache.neurons import NeuronCache
+from ..cache.pinned import Pinned
+from ..cache.slots import NeuronFile
 from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
 from ..config import NEURON_BLOCK, MlaConfig, ModelConfig, RunConfig
@@ -95,7 +97,11 @@ class Builder:
             return
         counts = {i: layer.records.count for i, layer in sparse.items() if layer.records is not None}
         widths = {i: layer.records.width_bytes for i, layer in sparse.items() if layer.records is not None}
-        room = deal(self.plan.neuron_bytes, counts, widths, wants)
+        early, room = (
+            deal(nbytes, counts, widths, wants)
+            for nbytes in (self.plan.neuron_bytes, self.plan.neuron_bytes + self.plan.late_bytes)
+        )
+        late = {index: max(0, slots - early[index]) for index, slots in room.items()}
         files, policies = {}, {}
         for index, layer in sparse.items():
             records, place = layer.records, layer.records_base
@@ -103,7 +109,9 @@ class Builder:
             files[index] = NeuronFile(place[0], place[1], records.count, records.width_bytes)
             policies[index] = make_policy(policy, records.count, room[index], window)
         rt = self.rt
-        self.neurons = NeuronCache(rt.feed.store, self.device, rt.recorder, files, policies, NEURON_BLOCK, guesses)
+        self.neurons = NeuronCache(
+            rt.feed.store, self.device, rt.recorder, files, policies, NEURON_BLOCK, guesses, late
+        )
 
     # ---- layers
     def _rope(self, index: int, head_dim: int) -> Rope | None:

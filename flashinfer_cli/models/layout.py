@@ -228,6 +228,11 @@ def _lay_out_experts(
         layer.expert_layouts.append(parts)
 
 
+def _ffn_width(layer: LayerLayout, whole: int) -> int:
+    """How many neurons of a dense FFN are computed at once: records a slice at a time."""
+    return max((part.rows for part in layer.record_parts), default=whole)
+
+
 def _inside_first(layout: ModelLayout) -> tuple[int, ...]:
     """Places of slices, for a model that drafts for itself with what stays: the head, then whole layers from both ends
     inwards, whose work the layers between them repeat most."""
@@ -254,8 +259,8 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
     def scratch(chunk: int) -> int:
         """Activations and temporaries of a pass of `chunk` tokens, counted generously."""
         d, hd = config.hidden_size, config.head_dim
-        is_dense = any(not config.is_moe(layer) for layer in range(config.num_hidden_layers))
-        ffn = 3 * config.intermediate_size if is_dense else 0
+        dense = [layer for index, layer in enumerate(layout.layers) if not config.is_moe(index)]
+        ffn = 3 * max((_ffn_width(layer, config.intermediate_size) for layer in dense), default=0)
         if moe is not None:  # the outputs by rank; one expert, at worst with every token; the shared one
             experts = (moe.num_experts_per_tok + 2) * d + 3 * moe.moe_intermediate_size
             ffn = max(ffn, experts + 3 * moe.shared_expert_intermediate_size)

@@ -1,0 +1,93 @@
+"""What running sparse costs: perplexity of held-out tokens as at decoding and densely; and what those tokens demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ..bundles.order import chain
+from ..bundles.sparsity import ORDER_FILE, Sparsity
+from ..config import RunConfig
+from ..engine import Engine
+from ..models.open import open_model
+from .evaluate import log_probs, windows
+
+SEQUENCE = 512  # tokens of a window
+
+Progress = Callable[[int, int, str], None]
+
+
+class Demands:
+    """What the tokens of a run demanded of each layer, a bit a neuron."""
+
+    def __init__(self, counts: dict[int, int]) -> None:
+        self.counts = counts
+        self.tokens: dict[int, list[np.ndarray]] = {layer: [] for layer in counts}
+
+    def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
+        if phase == "decode":
+            demanded = np.zeros(self.counts[layer], bool)
+            demanded[chosen[0]] = True
+            self.tokens[layer].append(np.packbits(demanded))
+
+    def write_order(self, path: Path, progress: Progress | None) -> None:
+        """Which neurons belong side by side, for `reorder`."""
+        orders: dict[str, torch.Tensor] = {}
+        for layer, count in self.counts.items():
+            if progress is not None:
+                progress(len(orders), len(self.counts), "finding which neurons fire together")
+            tokens = [np.flatnonzero(np.unpackbits(packed, count=count)) for packed in self.tokens[layer]]
+            orders[str(layer)] = torch.from_numpy(chain(tokens, count))
+        save_file(orders, path / f"{ORDER_FILE}.tmp")
+        (path / f"{ORDER_FILE}.tmp").replace(path / ORDER_FILE)
+
+
+def quality(
+    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: Demands, found: Sparsity
+) -> dict[str, float]:
+    """Perplexity of held-out tokens, computed as at decoding and densely, and how often both have the same choice."""
+    sparse, chosen = _score(path, ids, replace(run, exact=False), progress, demands, found)
+    dense, wanted = _score(path, ids, replace(run, exact=True), progress)
+    return {
+        "perplexity": sparse,
+        "dense_perplexity": dense,
+        "top1_agreement": float((chosen == wanted).float().mean()),
+    }
+
+
+def _score(
+    path: Path,
+    ids: list[int],
+    run: RunConfig,
+    progress: Progress | None,
+    demands: Demands | None = None,
+    found: Sparsity | None = None,
+) -> tuple[float, torch.Tensor]:
+    """(perplexity, the first choice at every position) of one run; `demands` takes down what it asks for; `found`
+    is not written yet."""
+    settled = replace(run, context=SEQUENCE, logit_rows=64, prefill_chunk=64)
+    nats, count, chosen = 0.0, 0, []
+    what = "measuring it dense" if run.exact else "measuring it sparse"
+    opened = open_model(path)
+    if found is not None:
+        vars(opened)["sparsity"] = found  # as if it had been read
+    with Engine(opened, settled) as engine:
+        if demands is not None and engine.neurons is not None:
+            engine.neurons.trace = demands
+        for window in windows(ids, SEQUENCE):
+            place = 0
+            for lp in log_probs(engine, window):
+                targets = torch.tensor(window[place + 1 : place + 1 + len(lp)])
+                nats -= float(lp[: len(targets)].gather(1, targets[:, None]).sum())
+                count += len(targets)
+                place += len(lp)
+                chosen.append(lp.argmax(-1))
+                if progress is not None:
+                    progress(count, len(ids), what)
+    return math.exp(nats / count), torch.cat(chosen)
