@@ -202,6 +202,8 @@ def make_plan(
             demand, left = demand - spare + kept, left + spare - kept
             ring, more, seldom_room = 0, 0, often
         else:
+            if sizes.neurons:  # every token's slices before those of prompts
+                demand, left = demand - spare, left + spare
             left -= ring
             more = min(max(0, RING_SLICES * largest - ring), left // 4)
             seldom_room = room if card is not None else left - more
