@@ -4,7 +4,7 @@
     python -m benchmarks.experts bias MODEL TEXT... [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts degrade BUNDLE TEXT... [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts ahead BUNDLE TEXT... [--tokens N]
-    python -m benchmarks.experts ablation MODEL [--memory SIZE] [--tokens N]
+    python -m benchmarks.experts ablation MODEL [--caps 0.5 0.25] [--tokens N]
     python -m benchmarks.experts      routing and bias of zoo:stories-moe over its held-out stories
 
 `routing` feeds held-out text token by token, records it, and replays it: hit ratio against k, recall against lookahead
@@ -42,6 +42,7 @@ from flashinfer_cli.config import RunConfig
 from flashinfer_cli.training.data import read_documents, split
 
 from .machine import emit
+from .peers import MOST, run, weight_bytes
 
 WINDOW = 256  # tokens of a story that are fed
 PARTS = {
@@ -158,27 +159,19 @@ def ahead(given: argparse.Namespace) -> None:
 
 
 def ablation(given: argparse.Namespace) -> None:
-    print(f"{'':12} {'tok/s':>7} {'MB a token':>10} {'hits':>6} {'waiting':>8}  reading ahead")
-    rows = []
-    for name, options in PARTS.items():
-        with with_slots(given.slots), fc.load(given.model, context=2048, memory=given.memory, **options) as engine:
-            draw = random.Random(7)
-            session = engine.session()
-            session.prefill([draw.randrange(3, engine.config.vocab_size) for _ in range(16)], more=True)
-            for index in range(given.tokens):
-                session.step(draw.randrange(3, engine.config.vocab_size), more=index + 1 < given.tokens)
-            engine.decoder.rt.feed.end()
-            report, policy = engine.report(), engine.experts.policy
-        steps = report.steps[len(report.steps) // 4 :]  # warm
-        seconds = sum(step.seconds for step in steps)
-        waiting = sum(step.wait_seconds for step in steps) / seconds
-        read = sum(step.bytes_read for step in steps) / len(steps) / 1e6
-        hits = policy.hits() / max(1, policy.hits() + policy.misses())
-        verdict = report.expert_cache["prefetch"]["verdict"]
-        rate = f"{len(steps) / seconds:>7.2f} {read:>10.1f}"
-        print(f"{name:12} {rate} {hits:>6.0%} {waiting:>8.0%}  {verdict}", flush=True)
-        rows.append({"parts": name, "tokens_per_second": len(steps) / seconds, "mb_a_token": read, "hits": hits})
-    emit("experts ablation", rows, model=given.model, memory=given.memory)
+    """Each part in a process and a memory cgroup of its own, cold: what one leaves behind is not the next one's."""
+    model, rows = Path(given.model), []
+    for share in given.caps:
+        cap = int(share * weight_bytes(model))
+        print(
+            f"{model.name}, cap {cap / 1e9:.2f} GB\n{'':12} {'tok/s':>7} {'MB a token':>10} {'hits':>6} {'waiting':>8}"
+        )
+        for name, options in PARTS.items():
+            got = run("ours", sys.executable, model, cap, given.tokens, 16, None, MOST, options)
+            rate = f"{got['tok_s']:>7.2f} {got['bytes_per_token'] / 1e6:>10.1f}"
+            print(f"{name:12} {rate} {got['hit_ratio']:>6.0%} {got['wait_share']:>8.0%}", flush=True)
+            rows.append({"parts": name, "cap": cap, "share": share, **got})
+    emit("experts ablation", rows, model=model.name)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -192,7 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("texts", nargs="+", type=Path, metavar="TEXT")
         command.add_argument("--memory")
         command.add_argument("--slots", type=int, help="experts that stay, whatever the budget")
-        command.add_argument("--tokens", type=int, default=64 if call is ablation else 4000)
+        command.add_argument("--tokens", type=int, default=24 if call is ablation else 4000)
+        if call is ablation:
+            command.add_argument("--caps", nargs="+", type=float, default=[0.5, 0.25], help="shares of the weights")
         if call is routing:
             command.add_argument("--out", type=Path, default=Path("experts"))
     if not (sys.argv[1:] if arguments is None else arguments):

@@ -96,7 +96,11 @@ def run(
     limit = cap or 1 << 40
     if system == "ours" and cap is not None:
         command += ["--memory", str(int(most * cap))]
-    if system == "ours" and options:
+    if system == "llama.cpp" and cap is not None:
+        options = {"repack": False}
+    elif system != "ours":
+        options = None
+    if options:
         command += ["--options", json.dumps(options)]
     if system == "accelerate" and cap is not None:
         command += ["--memory", str(int(0.5 * cap))]  # it does not count its activations, nor what it reads in

@@ -84,8 +84,25 @@ def ours(model: str, prompt: int, tokens: int, memory: int | None, threads: int,
         }
 
 
-def llama_cpp(model: str, prompt: int, tokens: int, memory: int | None, threads: int) -> dict[str, Any]:
+def llama_cpp(
+    model: str, prompt: int, tokens: int, memory: int | None, threads: int, repack: bool = True
+) -> dict[str, Any]:
+    """Without `repack` blocks are computed on as they stand in the file; else llama.cpp copies them, and is killed
+    where they do not fit."""
+    import ctypes
+
+    import llama_cpp.llama_cpp as library
     from llama_cpp import Llama
+
+    if not repack:
+        defaults = library.llama_model_default_params
+
+        def plain() -> Any:
+            params = defaults()
+            params.use_extra_bufts = ctypes.c_bool(False)
+            return params
+
+        library.llama_model_default_params = plain
 
     llama = Llama(
         model, n_ctx=prompt + tokens + 8, n_threads=threads, n_threads_batch=threads, use_mmap=True, verbose=False
@@ -125,7 +142,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8)
     parser.add_argument("--memory", type=int)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--options", type=json.loads, default={}, help='of our run, as JSON: {"cache_bias": 0.4}')
+    parser.add_argument("--options", type=json.loads, default={}, help='of the run, as JSON: {"cache_bias": 0.4}')
     given = parser.parse_args()
     call = SYSTEMS[given.system]
     found = call(given.model, given.prompt, given.tokens, given.memory, given.threads, **given.options)
