@@ -64,6 +64,9 @@ def ours(model: str, prompt: int, tokens: int, memory: int | None, threads: int,
 
         found = timed(lambda ids: (session.prefill(ids, more=True), None)[1], step, prompt, tokens)
         report = engine.report()
+        asked = [row for row in report.experts if row["phase"] == "decode"]
+        hits = sum(row["hits"] for row in asked) if asked else report.decode.hits
+        misses = sum(row["misses"] for row in asked) if asked else report.decode.misses
         decoded = [io for io in report.io if io["phase"] == "decode"]
         per_token = {
             f"{kind}_{what}": sum(io[what] for io in decoded if io["kind"] == kind) / tokens
@@ -74,7 +77,7 @@ def ours(model: str, prompt: int, tokens: int, memory: int | None, threads: int,
             "exactness": report.exactness,
             "per_token": per_token,
             "wait_share": report.decode.wait_seconds / report.decode.seconds,
-            "hit_ratio": report.decode.hits / max(1, report.decode.hits + report.decode.misses),
+            "hit_ratio": hits / max(1, hits + misses),  # of experts where there are such, else of slices and neurons
             "budget": report.budget,
             "chunk": engine.plan.chunk,
             "peak_bytes": report.peak,
