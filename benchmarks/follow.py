@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 import flashinfer_cli as fc
 from flashinfer_cli.config import SamplingParams
 
@@ -65,22 +68,43 @@ JUDGES: dict[str, tuple[str, Callable[[Row, str], float]]] = {
 }
 
 
+def answers_nats(engine: fc.Engine, rows: list[Row]) -> float:
+    """Nats a token of the rows' answers, their stop tokens included, as the runtime computes them."""
+    nats, tokens = 0.0, 0
+    stop = engine.tokenizer.eos_token_ids[0]
+    for row in rows:
+        prompt = engine.tokenizer.encode_chat([{"role": "user", "content": question(row)}])
+        answer = [*engine.tokenizer.encode(row["output"].strip(), add_special=False), stop]
+        if len(prompt) + len(answer) <= engine.plan.context:
+            logits = engine.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
+            nats += float(F.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+            tokens += len(answer)
+    return nats / tokens
+
+
+def question(row: Row) -> str:
+    text = f"{row['instruction'].strip()}\n{row['input'].strip()}" if row["input"] else row["instruction"]
+    return str(text).strip()
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.papers follow", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True, help="held_out.jsonl of examples/instruct_rows.py")
+    parser.add_argument("--answers-only", action="store_true", help="only their loss, of all rows")
     parser.add_argument("--rows", type=int, default=60, help="the most of a kind")
     given = parser.parse_args(argv)
     rows = [json.loads(line) for line in given.data.read_text(encoding="utf-8").splitlines()]
     found = []
     sampling = SamplingParams(max_tokens=MOST, temperature=0.0)
     with fc.load(given.model, stream="never") as engine:
-        for kind, (what, judge) in JUDGES.items():
+        nats = answers_nats(engine, rows)
+        print(f"held-out answers: {nats:.4f} nats a token", flush=True)
+        for kind, (what, judge) in ({} if given.answers_only else JUDGES).items():
             asked = [row for row in rows if row["source"] == kind][: given.rows]
             answers, stopped = [], 0
             for row in asked:
-                text = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
-                events = list(engine.chat().send(text, sampling))
+                events = list(engine.chat().send(question(row), sampling))
                 answers.append("".join(event.text for event in events).strip())
                 stopped += events[-1].finish_reason == "stop"
             shifted = answers[1:] + answers[:1]
@@ -91,5 +115,6 @@ def main(argv: list[str]) -> None:
                 "stopped": stopped / len(asked),
             })  # fmt: skip
             print(found[-1], f"{asked[0]['instruction']} -> {answers[0][:200]}", file=sys.stderr, flush=True)
-    table(tuple(found[0]), [tuple(row.values()) for row in found])
-    emit("follow", found, model=given.model)
+    if found:
+        table(tuple(found[0]), [tuple(row.values()) for row in found])
+    emit("follow", found, model=given.model, answers_nats=nats)
