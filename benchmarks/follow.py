@@ -91,16 +91,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.papers follow", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True, help="held_out.jsonl of examples/instruct_rows.py")
-    parser.add_argument("--answers-only", action="store_true", help="only their loss, of all rows")
+    parser.add_argument("--loss", action="store_true", help="the loss of all answers as well")
     parser.add_argument("--rows", type=int, default=60, help="the most of a kind")
     given = parser.parse_args(argv)
     rows = [json.loads(line) for line in given.data.read_text(encoding="utf-8").splitlines()]
     found = []
     sampling = SamplingParams(max_tokens=MOST, temperature=0.0)
     with fc.load(given.model, stream="never") as engine:
-        nats = answers_nats(engine, rows)
-        print(f"held-out answers: {nats:.4f} nats a token", flush=True)
-        for kind, (what, judge) in ({} if given.answers_only else JUDGES).items():
+        nats = answers_nats(engine, rows) if given.loss else None
+        for kind, (what, judge) in JUDGES.items():
             asked = [row for row in rows if row["source"] == kind][: given.rows]
             answers, stopped = [], 0
             for row in asked:
@@ -115,6 +114,7 @@ def main(argv: list[str]) -> None:
                 "stopped": stopped / len(asked),
             })  # fmt: skip
             print(found[-1], f"{asked[0]['instruction']} -> {answers[0][:200]}", file=sys.stderr, flush=True)
-    if found:
-        table(tuple(found[0]), [tuple(row.values()) for row in found])
+    table(tuple(found[0]), [tuple(row.values()) for row in found])
+    if nats is not None:
+        print(f"held-out answers: {nats:.4f} nats a token")
     emit("follow", found, model=given.model, answers_nats=nats)
