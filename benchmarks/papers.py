@@ -23,6 +23,7 @@ FIGURES: dict[str, tuple[str, str, str]] = {
     "gqa": ("gqa", "mean, first and random conversion of heads, before and after uptraining", "2305.13245"),
     "mqa": ("mqa", "KV bytes and time a token against key/value heads and context", "1911.02150"),
     "tune": ("tune", "instruction tuning with the router, the experts or nothing frozen", "2305.14705"),
+    "follow": ("follow", "how often a small instruct model does what it is asked", "2305.14705"),
 }
 
 

@@ -16,7 +16,7 @@ from flashinfer_cli.apps.tune import tune
 from flashinfer_cli.cli import main
 from flashinfer_cli.errors import UsageError
 from flashinfer_cli.tokenizer import Tokenizer
-from flashinfer_cli.training.dialogue import IGNORED, Dialogues, Example, collate, read_rows
+from flashinfer_cli.training.dialogue import IGNORED, Dialogues, Example, collate, examples, read_rows
 from flashinfer_cli.training.load import load_decoder
 
 MODEL = zoo.path_of("stories-moe")
@@ -41,6 +41,7 @@ def rows(tmp_path_factory) -> Path:
         ('{"instruction": "a"}', "no text under 'output'"),
         ('{"instruction": 3, "output": "b"}', "no text under 'instruction'"),
         ('{"instruction": "a", "input": 4, "output": "b"}', "no text under 'input'"),
+        ('{"instruction": "a", "output": "b", "history": [["c"]]}', "no [question, answer] pairs under 'history'"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(line, said, tmp_path, capsys):
@@ -53,7 +54,7 @@ def test_a_bad_row_is_named_by_its_line(line, said, tmp_path, capsys):
 
 
 def test_targets_are_the_answers_and_their_stop():
-    ids, targets = collate([Example((7, 8, 9, 5, 6, 0), 3), Example((7, 4, 0), 1)])
+    ids, targets = collate([Example((7, 8, 9, 5, 6, 0), ((3, 6),)), Example((7, 4, 0), ((1, 3),))])
     assert ids.tolist() == [[7, 8, 9, 5, 6, 0], [7, 4, 0, 0, 0, 0]]
     x = IGNORED
     assert targets.tolist() == [[x, x, 5, 6, 0], [4, 0, x, x, x]]
@@ -61,7 +62,7 @@ def test_targets_are_the_answers_and_their_stop():
 
 def test_batches_hold_rows_of_like_length_and_every_row_once_a_pass():
     random = np.random.default_rng(0)
-    rows = [Example(tuple(range(int(n))), 1) for n in random.integers(4, 200, 96)]
+    rows = [Example(tuple(range(int(n))), ((1, int(n)),)) for n in random.integers(4, 200, 96)]
     batches = Dialogues(rows, 4, seed=1)
     for epoch in (0, 1):
         chosen = [batches._chosen(epoch * 24 + step) for step in range(24)]
@@ -76,6 +77,23 @@ def test_input_follows_the_instruction(tmp_path):
     row = {"instruction": "Say it again.", "input": "Hello.", "output": "Hello."}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
     assert read_rows(tmp_path / "rows.jsonl")[0].question == "Say it again.\nHello."
+
+
+def test_all_answers_of_a_conversation_are_learnt(tmp_path):
+    row = {"instruction": "Who?", "output": "Tim.", "history": [["What?", "A dog."]], "source": "talk"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    read = read_rows(tmp_path / "rows.jsonl")[0]
+
+    def prompt(messages):  # a token a character, as a template that answers end with their stop token in
+        return [ord(c) for m in messages for c in m["content"] + ("\0" if m["role"] == "assistant" else ":")]
+
+    (example,) = examples([read], prompt, lambda text: [ord(c) for c in text], 0, 100)
+    ids, targets = collate([example])
+    assert "".join(map(chr, ids[0].tolist())) == "What?:A dog.\0Who?:Tim.\0" and example.source == "talk"
+    assert "".join(chr(t) for t in targets[0].tolist() if t != IGNORED) == "A dog.\0Tim.\0"
+    assert not examples([read], prompt, lambda text: [ord(c) for c in text], 0, 20)
+    with pytest.raises(UsageError, match="template"):
+        examples([read], lambda messages: prompt(messages[::-1]), lambda text: [65], 0, 100)
 
 
 def test_a_folder_comes_back_as_the_model_it_was():
@@ -112,3 +130,26 @@ def test_interrupted_and_resumed_is_the_same_and_it_chats(rows, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]).endswith("### Answer:\n")
     with pytest.raises(UsageError, match="exists"):
         tune(MODEL, tmp_path / "whole", rows, **options)
+
+
+def test_rows_of_its_own_to_judge_by_and_a_card(rows, tmp_path, monkeypatch, capsys):
+    held = [{"instruction": f"Question {i}?", "output": "Yes.", "source": "ab"[i % 2]} for i in range(4)]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, held)))
+    arguments = [
+        "tune",
+        str(MODEL),
+        str(tmp_path / "out"),
+        "--data",
+        str(rows),
+        "--held-out",
+        str(tmp_path / "held.jsonl"),
+    ]
+    monkeypatch.setattr("flashinfer_cli.apps.tuned_card.QUESTIONS", (("Hello", "And now?"),))
+    monkeypatch.setattr("flashinfer_cli.apps.tuned_card.SAMPLE_TOKENS", 8)
+    assert main.run([*arguments, "--steps", "1", "--batch", "1", "--threads", "1", "--note", "My rows (CC0)."]) == 0
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["tuning"]["rows"] == 80 and card["tuning"]["rows_held_out"] == 4
+    assert set(card["tuning"]["after"]["nats_by_source"]) == {"a", "b"}
+    assert [turn["asked"] for turn in card["samples"][0]] == ["Hello", "And now?"]
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "My rows (CC0)." in page and "Question" not in page and "**Stop token**" in page

@@ -21,8 +21,9 @@ from ..training.recipes import Recipe
 from ..training.tuning import FROZEN, Tuning, corpus_of, judge_answers
 from .bundling import TEXT_FILES
 from .train import read_tokenizer
+from .tuned_card import describe, write_card
 
-JUDGED = 200  # held-out rows that the figures before and after are of
+JUDGED = 200  # held-out rows that the figures before and after are of, where no file of them is given
 
 
 def tune(
@@ -38,16 +39,20 @@ def tune(
     learning_rate: float = 1e-3,
     seed: int = 1,
     longest: int | None = None,
+    held_out: Path | None = None,
     threads: int | None = None,
+    command: str | None = None,
+    note: str | None = None,
     report: Report = lambda done, total, figures: None,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any] | None:
     """Tune the small model in `source` on rows of `data`; returns figures before and after, which stay in tuning.json.
 
-    Loss on the answers and their stop token only; rows of more than `longest` tokens are left out. None when `stop`
-    became true first: the same call goes on from there. The weights are written last. Raises UsageError before anything
-    is written, a bad row named by its line.
+    Loss on the answers and their stop token only; rows of more than `longest` tokens are left out. Judged on the rows
+    of `held_out`, or else on one in 32 of `data`, which is not learnt. None when `stop` became true first: the same
+    call goes on from there. With `command` a card is written. Raises UsageError before
+    anything is written, a bad row named by its line.
     """
     if freeze not in FROZEN:
         raise UsageError(f"'{freeze}' cannot be frozen.", f"Freeze one of {', '.join(FROZEN)}.")
@@ -56,7 +61,8 @@ def tune(
     torch.set_num_threads(threads or cores())
     torch.use_deterministic_algorithms(True)
     try:
-        train, held = split_rows(read_rows(data))
+        rows = read_rows(data)
+        train, held = split_rows(rows) if held_out is None else (rows, read_rows(held_out))
         model = load_decoder(source)
         shape = model.shape
         if freeze != "none" and not shape.num_experts:
@@ -69,19 +75,16 @@ def tune(
         end = _stop(tokenizer, out, began)
         longest = min(longest or shape.max_position_embeddings, shape.max_position_embeddings)
 
-        def prompt(question: str) -> list[int]:
-            return tokenizer.encode_chat([{"role": "user", "content": question}])
-
         def answer(text: str) -> list[int]:
             return tokenizer.encode(text, add_special=False)
 
-        learnt, kept = (examples(rows, prompt, answer, end, longest) for rows in (train, held))
+        learnt, kept = (examples(each, tokenizer.encode_chat, answer, end, longest) for each in (train, held))
         if not learnt or not kept:
             _undo(out, began)
             raise UsageError(f"No row is short enough for {longest} tokens.")
         left = len(train) + len(held) - len(learnt) - len(kept)
         say(f"{len(learnt):,} rows to learn, {len(kept):,} held out" + (f", {left:,} too long" if left else ""))
-        kept = kept[:JUDGED]
+        kept = kept[:JUDGED] if held_out is None else kept
         before = judge_answers(model, kept)
         recipe = Recipe(
             "tune", "", shape, tokens=steps * batch * longest, batch=batch, sequence=longest, seed=seed,
@@ -94,13 +97,17 @@ def tune(
         if not training.run(report, stop=stop):
             return None
         found = {
-            "source": source.name, "data": data.name, "rows": len(learnt), "rows_held_out": len(kept),
+            "source": source.name, "data": data.name,
+            "held_out": held_out and held_out.name, "rows": len(learnt), "rows_held_out": len(kept),
             "rows_too_long": left, "longest": longest, "freeze": freeze, "importance_weight": importance_weight,
             "load_weight": load_weight, "steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed,
             "before": before, "after": judge_answers(training.model, kept),
         }  # fmt: skip
         (out / "tuning.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         write_weights(training.model, out)
+        if command is not None:
+            used, parameters = [data, *([held_out] if held_out else [])], sum(p.numel() for p in model.parameters())
+            write_card(describe(found, out, used, command, note, training.seconds / 3600, parameters), out)
         training.discard_state()
         return found
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +44,13 @@ def tune(
             "--longest", min=8, metavar="N", show_default="the model's context", help="Tokens of the longest row taken."
         ),
     ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option("--held-out", metavar="JSONL", show_default="one row in 32", help="Rows to judge by instead."),
+    ] = None,
+    note: Annotated[
+        str | None, typer.Option("--note", metavar="TEXT", help="For the card: the licence of the rows.")
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -67,7 +76,8 @@ def tune(
     with stopping() as stop:
         found = run(
             resolve(model), out, data, freeze=freeze, importance_weight=importance_weight, load_weight=load_weight,
-            steps=steps, batch=batch, learning_rate=learning_rate, seed=seed, longest=longest, threads=threads,
+            steps=steps, batch=batch, learning_rate=learning_rate, seed=seed, longest=longest, held_out=held_out,
+            threads=threads, command=shlex.join(["genai-run", *sys.argv[1:]]), note=note,
             report=report, stop=lambda: bool(stop), say=console.note,
         )  # fmt: skip
     console.clear()

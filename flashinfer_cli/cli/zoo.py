@@ -36,7 +36,7 @@ def zoo(
             f"{shipped.PREFIX}{each}",
             card["about"],
             f"{card['parameters'] / 1e6:.1f} M",
-            format_size((shipped.path_of(each) / "model.safetensors").stat().st_size),
+            format_size(shipped.nbytes(each)),
             f"{card['bits_per_byte']:.3f}",
         )
         for each, card in cards.items()

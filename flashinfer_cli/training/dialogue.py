@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ..errors import UsageError
 from .data import HELD_OUT
 from .objective import IGNORED as IGNORED
 
+Messages = list[dict[str, str]]
 ALIKE = 32  # batches whose rows are sorted by length among each other
 TEMPLATE = (  # for models that have none; its answers end with the model's end of text
     "{{ bos_token }}{% for message in messages %}"
@@ -25,22 +27,26 @@ TEMPLATE = (  # for models that have none; its answers end with the model's end 
 
 @dataclass(frozen=True)
 class Row:
-    """What is asked and what is answered."""
+    """What is asked and what is answered, after turns (question, answer) that went before."""
 
     question: str
     answer: str
+    history: tuple[tuple[str, str], ...] = ()
+    source: str = ""  # where the row is from, where it says so
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row; the answer, its stop token included, starts at `start`."""
+    """Token ids of one row; `answers` are the spans [start, end) of its answers, their stop tokens included."""
 
     ids: tuple[int, ...]
-    start: int
+    answers: tuple[tuple[int, int], ...]
+    source: str = ""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows {"instruction": ..., "input": ... (may be missing), "output": ...} of a JSONL file, blank lines skipped.
+    """Rows {"instruction": ..., "input": ..., "output": ..., "history": [[question, answer], ...], "source": ...} of a
+    JSONL file, blank lines skipped; input, history and source may be missing.
 
     Raises UsageError naming the first line that is not one.
     """
@@ -66,8 +72,20 @@ def _row(line: bytes, where: str) -> Row:
     for key, value in zip(("instruction", "input", "output"), parts, strict=True):
         if not isinstance(value, str) or (key != "input" and not value.strip()):
             raise UsageError(f"{where} has no text under '{key}'.", hint)
+    history = found.get("history") or []
+    if not isinstance(history, list) or not all(_is_turn(turn) for turn in history):
+        raise UsageError(f"{where} has no [question, answer] pairs under 'history'.", hint)
     instruction, given, output = (str(part).strip() for part in parts)
-    return Row(f"{instruction}\n{given}" if given else instruction, output)
+    return Row(
+        f"{instruction}\n{given}" if given else instruction,
+        output,
+        tuple((asked.strip(), answered.strip()) for asked, answered in history),
+        str(found.get("source") or ""),
+    )
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text.strip() for text in turn)
 
 
 def split_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -87,15 +105,36 @@ def split_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def examples(
-    rows: Sequence[Row], prompt: Callable[[str], list[int]], answer: Callable[[str], list[int]], stop: int, longest: int
+    rows: Sequence[Row],
+    prompt: Callable[[Messages], list[int]],
+    encode: Callable[[str], list[int]],
+    stop: int,
+    longest: int,
 ) -> list[Example]:
-    """Rows as token ids; those of more than `longest` tokens are left out."""
+    """Rows as token ids; `prompt` gives those of messages up to where an answer begins, `encode` those of an answer.
+
+    Rows of more than `longest` tokens are left out.
+    Of a row with a history all answers are learnt. Raises UsageError for a chat template under which what follows does
+    not begin with what went before.
+    """
     found = []
     for row in rows:
-        asked = prompt(row.question)
-        ids = (*asked, *answer(row.answer), stop)
+        messages: Messages = []
+        ids: list[int] = []
+        answers = []
+        for question, answer in (*row.history, (row.question, row.answer)):
+            messages.append({"role": "user", "content": question})
+            asked = prompt(messages)
+            if asked[: len(ids)] != ids:
+                raise UsageError(
+                    "Under the model's chat template a later turn changes what stands before it.",
+                    "Leave out rows with a history.",
+                )
+            messages.append({"role": "assistant", "content": answer})
+            ids = [*asked, *encode(answer), stop]
+            answers.append((len(asked), len(ids)))
         if len(ids) <= longest + 1:
-            found.append(Example(ids, len(asked)))
+            found.append(Example(tuple(ids), tuple(answers), row.source))
     return found
 
 
@@ -114,7 +153,9 @@ class Dialogues:
     @property
     def stream(self) -> np.ndarray:
         """All token ids one after the other: what identifies the data."""
-        return np.concatenate([np.asarray((example.start, *example.ids), np.int32) for example in self.examples])
+        return np.concatenate(
+            [np.asarray((*(n for span in e.answers for n in span), *e.ids), np.int32) for e in self.examples]
+        )
 
     def _order(self, epoch: int) -> list[int]:
         """A shuffle in which ALIKE batches are sorted by length together, and shuffled again as whole batches."""
@@ -149,5 +190,6 @@ def collate(chosen: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     for row, example in enumerate(chosen):
         values = torch.tensor(example.ids)
         ids[row, : len(values)] = values
-        targets[row, example.start - 1 : len(values) - 1] = values[example.start :]
+        for start, end in example.answers:
+            targets[row, start - 1 : end - 1] = values[start:end]
     return ids, targets

@@ -13,7 +13,7 @@ from .data import Batches
 from .dialogue import Dialogues, Example
 from .loop import Corpus, Training
 from .model import Decoder, MoeFfn
-from .objective import IGNORED, total_loss
+from .objective import total_loss
 from .recipes import Recipe
 
 FROZEN = {"none": (), "router": ("gate", "noise"), "experts": ("mlp.w1", "mlp.w2", "mlp.w3")}
@@ -60,29 +60,35 @@ def corpus_of(dialogues: Dialogues, stand_in: Any) -> Corpus:
 
 @torch.no_grad()
 def judge_answers(model: Decoder, rows: Sequence[Example]) -> dict[str, Any]:
-    """On held-out rows, each by itself and causally: nats a token of the answers (their stop token included), how
-    probable and how often the likeliest the stop token is where an answer ends, and shares of choices by expert."""
+    """On held-out rows, each by itself and causally: nats a token of the answers (their stop tokens included), how
+    probable and how often the likeliest the stop token is where an answer ends, and shares of choices by expert; nats
+    by source of the rows as well, where they name one."""
     model.eval()
-    nats, tokens, stop, stopped = 0.0, 0, 0.0, 0
+    sums: dict[str, list[float]] = {}
+    stop, stopped, ends = 0.0, 0, 0
     chosen: torch.Tensor | None = None
     for row in rows:
         ids = torch.tensor([row.ids])
         logits, aux = model(ids[:, :-1], causal=True)
-        answers = logits[0, row.start - 1 :]
-        wanted = ids[0, row.start :]
-        nats += float(F.cross_entropy(answers, wanted, reduction="sum", ignore_index=IGNORED))
-        tokens += len(wanted)
-        stop += float(answers[-1].softmax(-1)[wanted[-1]])
-        stopped += int(answers[-1].argmax() == wanted[-1])
+        for start, end in row.answers:
+            answer, wanted = logits[0, start - 1 : end - 1], ids[0, start:end]
+            each = sums.setdefault(row.source, [0.0, 0])
+            each[0] += float(F.cross_entropy(answer, wanted, reduction="sum"))
+            each[1] += len(wanted)
+            stop += float(answer[-1].softmax(-1)[wanted[-1]])
+            stopped += int(answer[-1].argmax() == wanted[-1])
+            ends += 1
         if aux.chosen:
             counts = torch.stack(aux.chosen)
             chosen = counts if chosen is None else chosen + counts
     model.train()
     found: dict[str, Any] = {
-        "nats": nats / tokens,
-        "stop_probability": stop / len(rows),
-        "stop_is_likeliest": stopped / len(rows),
+        "nats": sum(nats for nats, _ in sums.values()) / sum(tokens for _, tokens in sums.values()),
+        "stop_probability": stop / ends,
+        "stop_is_likeliest": stopped / ends,
     }
+    if set(sums) != {""}:
+        found["nats_by_source"] = {source or "other": nats / tokens for source, (nats, tokens) in sorted(sums.items())}
     if chosen is not None:
         found["max_over_mean"] = [float(layer.max() / layer.mean()) for layer in chosen]
         found["use"] = [[round(float(c), 4) for c in layer / layer.sum()] for layer in chosen]

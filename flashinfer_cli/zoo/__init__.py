@@ -1,7 +1,8 @@
 """The small trained models that ship inside the package: their names, places and cards.
 
 Each is a folder of this one, as `genai-run train` wrote it: a Hugging Face folder with its card beside it (README.md to
-read, card.json for programs). `zoo:NAME` names one wherever a model is asked for.
+read, card.json for programs). The tuned one is a quantised bundle of what `genai-run tune` wrote. `zoo:NAME` names one
+wherever a model is asked for.
 """
 
 from __future__ import annotations
@@ -40,3 +41,8 @@ def card(name: str) -> dict[str, Any]:
     """What is known of a model: data, recipe, losses, structure."""
     found: dict[str, Any] = json.loads((path_of(name) / "card.json").read_text(encoding="utf-8"))
     return found
+
+
+def nbytes(name: str) -> int:
+    """Of a model's weights."""
+    return sum(file.stat().st_size for file in path_of(name).glob("*.safetensors"))
