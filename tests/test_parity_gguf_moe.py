@@ -14,6 +14,7 @@ import torch
 from converted import convert
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
+from test_speculative_bits import equal_to_steps
 
 import flashinfer_cli as fc
 from flashinfer_cli.errors import CorruptCheckpointError, UnsupportedModelError
@@ -134,6 +135,16 @@ def test_what_came_after_v2_is_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match="exp_probs_b"):
         opened()
+
+
+@pytest.mark.parametrize("case", [1, 2])
+def test_tokens_checked_together_have_the_bits_of_their_own_passes(case: int, tmp_path: Path) -> None:
+    family, index, changed = CASES[case]
+    folder, _ = tiny_models.make(family, index, tmp_path / "model", **changed)
+    convert(folder, tmp_path / "model.gguf", Kind.Q8_0)
+    for kernels in ("compiled", "reference"):
+        with fc.load(tmp_path / "model.gguf", context=len(IDS), stream="always", kernels=kernels) as engine:
+            equal_to_steps(engine.session(), engine.session(), IDS, 4)
 
 
 def test_biases_come_with_their_experts(tmp_path: Path) -> None:
