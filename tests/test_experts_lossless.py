@@ -60,8 +60,10 @@ def resident(folder: Path) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("policy", PLAIN_POLICIES)
-@pytest.mark.parametrize(("stay", "transit"), [(0, 1), (1, 3), (3, 2), (5, 4)])
+@pytest.mark.parametrize(
+    ("policy", "stay", "transit"),
+    [("lfu", 0, 1), ("stale", 1, 3), ("lru", 3, 2), ("lru-layer", 5, 4), ("pinned", 3, 2), ("lfu", 5, 4)],
+)
 def test_every_policy_and_size(
     folder: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch, policy: str, stay: int, transit: int
 ) -> None:
@@ -145,7 +147,7 @@ def test_many_tokens_at_once_in_decode(folder: Path, monkeypatch: pytest.MonkeyP
     """What checks drafts: several tokens through the experts in one pass, whatever is in the cache."""
     found = []
     for stay, transit in ((2, 2), (5, 1), (0, 4)):
-        with monkeypatch.context() as patch, fc.load(folder, context=60) as _:
+        with monkeypatch.context() as patch:
             slots(patch, stay, transit)
             with fc.load(folder, context=60, prefill_chunk=4) as engine:
                 session = engine.session()
@@ -173,11 +175,13 @@ def test_the_report_and_its_page(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         assert row["hits"] + row["misses"] == sum(row["uses"].values()) >= row["right"]
 
 
-def test_bias_is_evaluated_token_by_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_bias_is_evaluated_token_by_token(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_engine import add_tokenizer
 
     from flashinfer_cli.apps.evaluate import evaluate
 
+    folder = make(family, 0, tmp_path / "model")[0]
     add_tokenizer(folder)
     slots(monkeypatch, 4, 3)
     text = "A fox and a bee went out to see the sea."
