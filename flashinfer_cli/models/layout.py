@@ -19,7 +19,7 @@ from ..layers.attention import SCORE_BYTES
 from ..layers.expert import ExpertLayout, ExpertPart
 from ..layers.linear import RowSlice
 from ..plan import Sizes
-from ..store.flash import span_of
+from ..store.spans import span_of
 
 # Small matrices that stay, as float32.
 ALWAYS = (
