@@ -19,9 +19,9 @@ from .chat import chat
 from .console import Console, OutputClosedError
 from .convert_heads import convert_heads
 from .generate import generate
-from .options import spread
 from .replay import replay
 from .running import INTERRUPTED
+from .spread import spread
 from .studies import bundle, evaluate, inspect, plan, profile
 from .train import several, train
 from .tune import tune
