@@ -14,6 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import GenaiRunError
+from .bundle import bundle
 from .calibrate import calibrate
 from .chat import chat
 from .console import Console, OutputClosedError
@@ -22,7 +23,7 @@ from .generate import generate
 from .replay import replay
 from .running import INTERRUPTED
 from .spread import spread
-from .studies import bundle, evaluate, inspect, plan, profile
+from .studies import evaluate, inspect, plan, profile
 from .train import several, train
 from .tune import tune
 from .zoo import zoo
