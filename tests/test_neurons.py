@@ -36,7 +36,7 @@ from flashinfer_cli.errors import BundleError, CorruptCheckpointError
 from flashinfer_cli.layers.demand import Oracle
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import make_plan
-from flashinfer_cli.report import Recorder
+from flashinfer_cli.recorder import Recorder
 from flashinfer_cli.store.flash import FlashStore
 from flashinfer_cli.store.scatter import MOST_VIEWS
 from flashinfer_cli.training import data

@@ -20,7 +20,7 @@ import torch
 
 from ..checkpoint.base import Extent
 from ..device import Device, allocate
-from ..report import Recorder
+from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
 from ..store.spans import Span, span_of
 from .guesses import Guessing

@@ -16,7 +16,7 @@ import torch
 
 from ..checkpoint.base import Extent
 from ..device import Device, allocate, give_back
-from ..report import Recorder
+from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
 from ..store.spans import ALIGN, Span, span_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.base import Extent
 from ..device import allocate
-from ..report import Recorder
+from ..recorder import Recorder
 from .flash import REQUEST_BYTES, FlashStore, Ticket
 from .spans import ALIGN, span_of
 

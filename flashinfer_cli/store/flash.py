@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoint.base import Extent
 from ..config import KiB
 from ..errors import StorageError
-from ..report import Recorder
+from ..recorder import Recorder
 from .reader import Reader
 from .scatter import GAP_BYTES, Pieces, lay_out
 from .spans import ALIGN, Span, span_of
