@@ -68,6 +68,7 @@ class NeuronCache:
         self._staging = [allocate(NEURON_STAGES * block * width) for _ in range(2 * guesses)]  # in use, being filled
         self._reads: list[Ticket | None] = [None] * len(self._staging)  # the last into each
         self._guess: _Guess | None = None
+        self._fetch: Fetch | None = None  # the last
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +92,7 @@ class NeuronCache:
 
     def have(self, late: bool) -> bool:
         """Whether the late slots are ours from now on, or a prompt's; returns whether that is a change."""
+        self._abandon()
         if late == self._whole or not len(self._late):
             return False
         self._whole = late
@@ -113,14 +115,25 @@ class NeuronCache:
         return self.store.read_records(*where, ids, addresses, memory, "neuron", urgent=urgent)
 
     def fetch(self, index: int, ids: np.ndarray) -> Fetch:
-        """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order."""
+        """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order.
+
+        One that is not iterated to its end, because of an error or because the user wants no more, is cleared away
+        before anything else.
+        """
+        self._abandon()
         layer = self.layers[index]
         if self.trace is not None:
             self.trace.demand("decode", index, ids[None])
         missing, gone = layer.policy.demand(ids)
         layer.release(gone)
         self.recorder.cache(len(ids) - len(missing), len(missing))
-        return Fetch(self, layer, ids, self._settle(index, ids))
+        self._fetch = Fetch(self, layer, ids, self._settle(index, ids))
+        return self._fetch.begin()
+
+    def _abandon(self) -> None:
+        if self._fetch is not None:
+            self._fetch.abandon()
+            self._fetch = None
 
     # ---- ahead of need
     def guess(self, index: int, ids: np.ndarray) -> None:
@@ -181,7 +194,11 @@ class NeuronCache:
         here = slice(start, start + len(records))
         wanted = np.flatnonzero(layer.policy.held[here] & (layer.slot[here] < 0))
         taken = layer.take(start + wanted)
-        layer.put(taken, records.numpy()[taken - start])
+        try:
+            layer.put(taken, records.numpy()[taken - start])
+        except BaseException:
+            layer.release(taken)
+            raise
 
     def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """Those of neurons `ids` that are in memory, as `fetch` hands them out. Reads nothing, and nothing is noted."""
@@ -220,7 +237,8 @@ class Fetch:
         absent = ids[layer.slot[ids] < 0]
         self.new = np.zeros(layer.file.count, bool)  # in a slot of its own that it is yet to reach
         self.new[layer.take(absent[layer.policy.held[absent]])] = True
-        self._begun = [self._start(i) for i in range(min(NEURON_STAGES, len(self.blocks)))]
+        self._computed = 0  # blocks
+        self._begun: list[tuple[np.ndarray, np.ndarray, Ticket | None]] = []
 
     def _start(self, index: int) -> tuple[np.ndarray, np.ndarray, Ticket | None]:
         """Read what of a block is missing and not on its way: where each stands, which ones a guess brings, the rest's
@@ -243,15 +261,23 @@ class Fetch:
         return addresses, guessed, ticket
 
     def _wait(self, ticket: Ticket) -> None:
-        try:
-            if not ticket.ready:
-                with self.cache.recorder.waiting():
-                    ticket.wait()
-            elif ticket.error is not None:
-                ticket.wait()
-        except Exception:  # nothing came: no slot may be thought to hold it
-            self.layer.release(np.flatnonzero(self.new))
-            raise
+        if ticket.ready:
+            ticket.wait()
+            return
+        with self.cache.recorder.waiting():
+            ticket.wait()
+
+    def begin(self) -> Fetch:
+        self._begun += [self._start(i) for i in range(min(NEURON_STAGES, len(self.blocks)))]
+        return self
+
+    def abandon(self) -> None:
+        """If blocks are left: wait for reads that are under way, and let no slot be thought to hold what never came."""
+        for _, _, ticket in self._begun[self._computed :]:
+            if ticket is not None:
+                ticket.end()
+        for block in self.blocks[self._computed :]:
+            self.layer.release(block[self.new[block]])
 
     def __iter__(self) -> Iterator[Block]:
         layer, cache = self.layer, self.cache
@@ -268,5 +294,6 @@ class Fetch:
             if self.guess is not None and kept.any():
                 where = np.searchsorted(self.guess.ids, block[kept])
                 layer.put(block[kept], self.guess.rows[where])
+            self._computed += 1
             if len(self._begun) < len(self.blocks):
                 self._begun.append(self._start(len(self._begun)))

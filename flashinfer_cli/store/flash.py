@@ -53,6 +53,10 @@ class Ticket:
         if self.error is not None:
             raise self.error
 
+    def end(self) -> None:
+        """Wait, whatever comes of it: the memory is not written to any more."""
+        self._done.wait()
+
 
 # Ticket, file, offset and where to; or a batch of reads of records and None.
 _Request = tuple[Ticket, Path, int, memoryview] | tuple[Ticket, Path, Pieces, None]
