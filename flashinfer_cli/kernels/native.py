@@ -63,16 +63,20 @@ class NumbaKernels:
             wanted = min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -4
             # many tokens: enough rows at once that the activations are not fetched again for every few
             chunk = max(2, wanted, group if tokens > 1 else 0)
-            own = group * cols
+            own, passes = group * cols, 1
             if tokens >= jobs.MANY_TOKENS:
+                passes = min(-(-4 * cols * tokens // jobs.PASS_BYTES), tokens // jobs.MANY_TOKENS)
                 group = jobs.BLOCK_ROWS
                 chunk = max(group, min(wanted, -(-rows // (4 * space.threads))) // group * group)
                 own = group * (jobs.BLOCK_COLS + jobs.PADDING // 4 + jobs.BLOCK_TOKENS * jobs.SUMS)
             scratch = space.reserve(own * space.threads)
-            space.run(
-                jobs.LINEAR, jobs.CODES[fmt], tokens, rows, cols, weight.data_ptr(), width, x.data_ptr(),
-                out.data_ptr() + 4 * start, 4 * total, chunk, scratch, 4 * own, 0, 0, 0, group, 0,
-            )  # fmt: skip
+            for i in range(passes):
+                first, stop = i * tokens // passes, (i + 1) * tokens // passes
+                space.run(
+                    jobs.LINEAR, jobs.CODES[fmt], stop - first, rows, cols, weight.data_ptr(), width,
+                    x.data_ptr() + 4 * cols * first, out.data_ptr() + 4 * (start + total * first), 4 * total, chunk,
+                    scratch, 4 * own, 0, 0, 0, group, 0,
+                )  # fmt: skip
         finally:
             self._pool.release(shared)
 
