@@ -49,6 +49,13 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "b"))
 
 
+@pytest.fixture(scope="module")
+def calibrated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("calibrated") / "b"))
+    app.calibrate(out, TEXT, RunConfig(), **OPTIONS)
+    return out
+
+
 def stop_at(layer: int):
     def progress(done: int, total: int, what: str) -> None:
         if what.startswith("calibrating") and done == layer:
@@ -57,9 +64,7 @@ def stop_at(layer: int):
     return progress
 
 
-def test_a_killed_run_goes_on_and_ends_alike(bundle, copy, monkeypatch):
-    whole = Path(shutil.copytree(bundle, copy.with_name("whole")))
-    app.calibrate(whole, TEXT, RunConfig(), **OPTIONS)
+def test_a_killed_run_goes_on_and_ends_alike(calibrated, copy, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         app.calibrate(copy, TEXT, RunConfig(), **OPTIONS, progress=stop_at(2))
     assert not (copy / SPARSITY_FILE).exists() and not (copy / PREDICTORS_FILE).exists()
@@ -70,8 +75,8 @@ def test_a_killed_run_goes_on_and_ends_alike(bundle, copy, monkeypatch):
     app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
     assert fitted == [2]
     for name in (PREDICTORS_FILE, ORDER_FILE, SPARSITY_FILE):
-        assert (copy / name).read_bytes() == (whole / name).read_bytes()
-    assert sorted(path.name for path in copy.parent.iterdir()) == ["b", "whole"]
+        assert (copy / name).read_bytes() == (calibrated / name).read_bytes()
+    assert [path.name for path in copy.parent.iterdir()] == ["b"]
     with fc.load(copy, context=16) as engine:
         assert engine.exactness == "sparse"
     fitted.clear()
@@ -113,8 +118,8 @@ def test_what_it_refuses(copy, tmp_path):
     assert not (copy / SPARSITY_FILE).exists()
 
 
-def test_a_bundle_that_changed_since_is_refused(copy):
-    app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
+def test_a_bundle_that_changed_since_is_refused(calibrated, tmp_path):
+    copy = Path(shutil.copytree(calibrated, tmp_path / "b"))
     text = (copy / "bundle.json").read_text()
     (copy / "bundle.json").write_text(text + "\n")
     with pytest.raises(BundleError, match="changed since it was calibrated"):
@@ -124,16 +129,15 @@ def test_a_bundle_that_changed_since_is_refused(copy):
         assert engine.exactness == "sparse"
 
 
-def test_predictors_of_the_same_model_in_other_formats(bundle, copy, tmp_path):
-    app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
+def test_predictors_of_the_same_model_in_other_formats(bundle, calibrated, tmp_path):
     rounded = fc.bundle(bundle.parent / "m", tmp_path / "r", quantize_trunk="int8")
-    found = app.calibrate(rounded, TEXT, RunConfig(), **OPTIONS, like=copy)
-    mine, others = (load_file(each / PREDICTORS_FILE) for each in (rounded, copy))
+    found = app.calibrate(rounded, TEXT, RunConfig(), **OPTIONS, like=calibrated)
+    mine, others = (load_file(each / PREDICTORS_FILE) for each in (rounded, calibrated))
     assert all(torch.equal(mine[name], others[name]) for name in mine if not name.endswith("bias"))
     fewer = app.calibrate(rounded, TEXT, RunConfig(), **OPTIONS, like=rounded, recall=0.8)  # and other thresholds
     for loose, strict in zip(fewer.layers, found.layers, strict=True):
         assert 0.75 < loose.recall < 0.9 < 0.95 < strict.recall and loose.predicted < strict.predicted
-    theirs = json.loads((copy / SPARSITY_FILE).read_text())
+    theirs = json.loads((calibrated / SPARSITY_FILE).read_text())
     assert found.quality["dense_perplexity"] != theirs["quality"]["dense_perplexity"]  # measured here
     assert found.tokens == theirs["tokens"] and len(found.layers) == 3
     with fc.load(rounded, context=16) as engine:
@@ -143,7 +147,7 @@ def test_predictors_of_the_same_model_in_other_formats(bundle, copy, tmp_path):
     shape = Shape(vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     other = make(tmp_path / "o", "relu", shape)
     with pytest.raises(UsageError, match="not of the same model"):
-        app.calibrate(other, TEXT, RunConfig(), **OPTIONS, like=copy)
+        app.calibrate(other, TEXT, RunConfig(), **OPTIONS, like=calibrated)
 
 
 # ------------------------------------------------------------------ models without zeros
