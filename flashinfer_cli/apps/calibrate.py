@@ -187,7 +187,12 @@ def _layers(
             states = [x + decoder.positions[first : first + len(x)] for x in states]
         with torch.inference_mode(False):
             inputs = torch.empty(len(ids), engine.config.hidden_size)
-        for index, block in enumerate(decoder.blocks):
+        left = [
+            i for i, block in enumerate(decoder.blocks) if isinstance(block.ffn, RecordFfn) and i not in done.layers
+        ]
+        for index, block in enumerate(
+            decoder.blocks[: max(left, default=-1) + 1]
+        ):  # behind it there is nothing to learn
             if progress is not None:
                 progress(index, len(decoder.blocks), f"calibrating layer {index + 1} of {len(decoder.blocks)}")
             with rt.feed.hold(decoder.slices_of(index)):
