@@ -5,10 +5,13 @@ model passes once, a layer at a time. Thresholds are set on calibration tokens, 
 
     product     |act(gate) up| times the length of the down column, from the weights themselves: the bound, no saving
     shadow      the same from int4 copies of gate and up that stay in memory; whole records are read
+    low-rank    the same from the best maps of rank d/4 for gate and up, which would stay in 8 bits (2312.11514 has such
+                a map for the sign of the gate)
     gate        |act(gate)|, the gate staying in memory (CATS, 2404.08763); up and down are read
     static      the neurons that mattered most on the calibration tokens, always the same
 
-What a way reads a token comes from running its demands through a neuron cache of what memory is left beside its copies.
+What a way reads a token comes from running its demands through a neuron cache of what memory is left beside its copies;
+how long that takes from reading what some of these tokens missed, neighbours together, as runs read neurons.
 """
 
 from __future__ import annotations
@@ -32,19 +35,26 @@ from ..errors import UnsupportedModelError, UsageError
 from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import DenseFfn, RecordFfn
 from ..models.open import open_model
-from ..store.drive import measure
+from ..store.drive import measure, measure_records
+from .predictors import Whitened
 
-KINDS = ("product", "shadow", "gate", "static")
+KINDS = ("product", "shadow", "low-rank", "gate", "static")
 DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 MEMORY = (0.5, 0.25)  # of the FFN weights
 WINDOW = 512
 WARM = 64  # tokens whose misses do not count: the slots still fill
+LOW_RANK = 4  # the width of the model over the rank of its maps
+TAUGHT = 0.75  # of the calibration tokens: what the maps of low rank are made from; the rest sets thresholds
+SAMPLES = 8  # layers whose misses are read, to time it
+SECTOR = 512  # records are padded to it
 Progress = Callable[[int, int, str], None]
+Asked = dict[tuple[str, float, float], list[np.ndarray]]  # kind, density, memory -> a layer each, ids that were missed
 
 
 @dataclass
 class Way:
-    """One kind at one density. `misses` by share of memory: neurons read a token, as a share of all."""
+    """One kind at one density. By share of memory: `misses` are neurons read a token, as a share of all, `seconds` what
+    reading them takes."""
 
     kind: str
     density: float
@@ -53,6 +63,7 @@ class Way:
     perplexity: float = 0.0
     kept: float = 0.0
     misses: dict[float, float] = field(default_factory=dict)
+    seconds: dict[float, float] = field(default_factory=dict)
 
     def bytes(self, memory: float) -> float | None:
         """Read a token, as a share of the FFN; None where what stays does not fit. The product is no way to run."""
@@ -66,25 +77,27 @@ class Study:
     """What was found. `best` names a way by (kind, density) for each share of memory; none pays where it is missing."""
 
     model: str
+    tokens: int  # that thresholds are set on
+    test_tokens: int
     perplexity: float
     ways: tuple[Way, ...]
     max_increase: float
     ffn_bytes: int
-    record_rate: float  # bytes a second, reads of a neuron each
-    slice_rate: float
+    slice_rate: float  # bytes a second
     best: dict[float, tuple[str, float]]
 
     def seconds(self, way: Way | None, memory: float) -> float | None:
         """Of reading, a token; without a way, of plain streaming."""
         if way is None:
             return (1 - memory) * self.ffn_bytes / self.slice_rate
-        share = way.bytes(memory)
-        return None if share is None else share * self.ffn_bytes / self.record_rate
+        return None if way.bytes(memory) is None else way.seconds[memory]
+
+    def rate(self, way: Way, memory: float) -> float:
+        """Bytes a second at which a way's neurons come."""
+        return (way.bytes(memory) or 0.0) * self.ffn_bytes / max(way.seconds[memory], 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
-        for row, way in zip(found["ways"], self.ways, strict=True):
-            row["seconds"] = {share: self.seconds(way, share) for share in MEMORY}
         return found | {"plain_seconds": {share: self.seconds(None, share) for share in MEMORY}}
 
 
@@ -123,17 +136,19 @@ def study(
         kv = KVCache(config, WINDOW, engine.device.name)
         scale = config.embedding_scale
         states = [decoder.embedding(torch.tensor(w), rt) * scale for w in learn]
+        asked: Asked = {}
         tested = [decoder.embedding(torch.tensor(test), rt) * scale for _ in ways]
         for index, block in enumerate(decoder.blocks):
             if progress is not None:
                 progress(index, len(decoder.blocks), "measuring what neurons matter")
             assert isinstance(block.ffn, DenseFfn | RecordFfn)
             with rt.feed.hold(decoder.slices_of(index)):
-                layer = _Layer(block.ffn, engine, index)
+                layer = _Layer(block.ffn, engine, sampled=index % max(1, len(decoder.blocks) // SAMPLES) == 0)
                 for number, x in enumerate(states):
                     kv.trim(0)
                     states[number] = replace(block, ffn=layer.watching)(x, kv, len(x), rt)  # type: ignore[arg-type]
                 layer.settle(ways)
+                layer.asked = asked
                 for number, way in enumerate(ways):
                     kv.trim(0)
                     ffn = layer.skipping(way)
@@ -146,10 +161,14 @@ def study(
             way.kept /= count
             way.misses = {share: missed / count for share, missed in way.misses.items()}
     file = max(files, key=lambda path: path.stat().st_size)
-    width = max(4096, layer.neuron_bytes)
+    rate = measure(file).bytes_per_second
+    for way in ways[1:]:
+        width = -(-int(way.fetched * layer.neuron_bytes) // SECTOR) * SECTOR
+        for share in MEMORY if way.kind != "product" else ():
+            way.seconds[share] = count * measure_records(file, width, asked[way.kind, way.density, share])
     found = Study(
-        opened.name, ways[0].perplexity, tuple(ways[1:]), max_increase, layer.neuron_bytes * layer.count * count,
-        measure(file, request_bytes=width, depth=16).bytes_per_second, measure(file).bytes_per_second, {},
+        opened.name, sum(map(len, learn)), len(test), ways[0].perplexity, tuple(ways[1:]), max_increase,
+        layer.neuron_bytes * layer.count * count, rate, {},
     )  # fmt: skip
     return replace(found, best=_best(found))
 
@@ -182,7 +201,7 @@ def _perplexity(engine: Engine, x: torch.Tensor, ids: list[int]) -> float:
 class _Layer:
     """One layer's FFN in float32, its int4 shadow, and what calibration tokens make of it."""
 
-    def __init__(self, ffn: DenseFfn | RecordFfn, engine: Engine, index: int) -> None:
+    def __init__(self, ffn: DenseFfn | RecordFfn, engine: Engine, sampled: bool) -> None:
         self.gate, self.up, self.down, self.neuron_bytes = _matrices(ffn, engine)  # down by neuron: [d_ff, d]
         self.count = len(self.gate)
         self.act = ACTIVATIONS[engine.config.hidden_act]
@@ -198,21 +217,34 @@ class _Layer:
             engine.kernels.dequantize(torch.from_numpy(quantize(m.numpy(), fmt, "nearest")), fmt, d).clone()
             for m in (self.gate, self.up)
         ]
-        self.resident = {"shadow": 2 * format_bytes(fmt, d) / self.neuron_bytes, "gate": 1 / 3}
+        shadow = 2 * format_bytes(fmt, d) / self.neuron_bytes
+        self.rank = max(1, d // LOW_RANK)
+        low = 2 * self.rank * (d + self.count) * 34 / 32 / (self.neuron_bytes * self.count)
+        self.resident = {"shadow": shadow, "low-rank": low, "gate": 1 / 3}
+        self.maps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.sampled = sampled
+        self.asked: Asked = {}
         self.seen: list[torch.Tensor] = []
+        self.worth = torch.zeros(self.count)  # sum of the product over tokens
         self.bounds: dict[tuple[str, float], float | torch.Tensor] = {}
 
     def _hidden(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        g, u = x @ gate.T, x @ up.T
+        return self._biased(x @ gate.T, x @ up.T)
+
+    def _biased(self, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(act(gate), up) of products with the rows alone."""
         g = g if self.gate_bias is None else g + self.gate_bias
         u = u if self.up_bias is None else u + self.up_bias
         return self.act(g), u
 
-    def _scores(self, kind: str, x: torch.Tensor) -> torch.Tensor:
-        """[T, d_ff]: what the kind looks at."""
+    def _scores(self, kind: str, x: torch.Tensor, exact: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """[T, d_ff]: what the kind looks at; `exact` is what the weights themselves give."""
         if kind == "gate":
-            return self._hidden(x, self.gate, self.up)[0].abs()
-        g, u = self._hidden(x, *self.shadow) if kind == "shadow" else self._hidden(x, self.gate, self.up)
+            return exact[0].abs()
+        if kind == "low-rank":
+            g, u = self._biased(*(x @ a.T @ b.T for a, b in self.maps))
+        else:
+            g, u = self._hidden(x, *self.shadow) if kind == "shadow" else exact
         return (g * u).abs_().mul_(self.length)
 
     def _out(self, h: torch.Tensor) -> torch.Tensor:
@@ -223,19 +255,24 @@ class _Layer:
         """The layer as it is; its inputs are kept."""
         self.seen.append(x)
         g, u = self._hidden(x, self.gate, self.up)
+        self.worth += self._scores("product", x, (g, u)).sum(0)
         return self._out(g * u)
 
     def settle(self, ways: list[Way]) -> None:
         """Set thresholds, and the static set, on what was seen."""
         x = torch.cat(self.seen)
+        taught = int(TAUGHT * len(x))
+        self.maps = [Whitened(x[:taught], m, self.rank).of_rank(self.rank) for m in (self.gate, self.up)]
+        x = x[taught:]
+        exact, step = self._hidden(x, self.gate, self.up), max(1, len(x) // 512)
         for kind in KINDS:
-            scores = self._scores("product" if kind == "static" else kind, x)
-            flat = scores.mean(0).numpy() if kind == "static" else scores.flatten().numpy()[:: max(1, len(x) // 512)]
+            scores = self.worth if kind == "static" else self._scores(kind, x, exact)
+            flat = scores.flatten().numpy()[:: 1 if kind == "static" else step]
             for way in ways:
                 if way.kind == kind:
                     place = min(len(flat) - 1, int((1 - way.density) * len(flat)))
                     bound = float(np.partition(flat, place)[place])
-                    self.bounds[kind, way.density] = scores.mean(0) >= bound if kind == "static" else bound
+                    self.bounds[kind, way.density] = scores >= bound if kind == "static" else bound
         self.seen.clear()
 
     def skipping(self, way: Way) -> Callable[[torch.Tensor, Any], torch.Tensor]:
@@ -249,7 +286,7 @@ class _Layer:
             if isinstance(bound, torch.Tensor):
                 kept = bound.expand(len(x), -1)
             else:
-                kept = self._scores(way.kind, x) >= bound
+                kept = self._scores(way.kind, x, (g, u)) >= bound
             self._account(way, kept.numpy())
             return self._out(g * u * kept)
 
@@ -263,7 +300,9 @@ class _Layer:
             room = max(0.0, share - way.resident) / way.fetched
             policy = Recent(self.count, int(min(1.0, room) * self.count))
             for token, row in enumerate(kept):
-                policy.demand(np.flatnonzero(row), counted=token >= WARM)
+                missing, _ = policy.demand(np.flatnonzero(row), counted=token >= WARM)
+            if self.sampled:  # the last token's
+                self.asked.setdefault((way.kind, way.density, share), []).append(missing)
             missed = policy.misses / (len(kept) - WARM) / self.count
             way.misses[share] = way.misses.get(share, 0.0) + missed
 

@@ -167,10 +167,13 @@ def study_table(found: Study) -> Table:
             read, seconds = way.bytes(share), found.seconds(way, share)
             cells += ["–", "–"] if read is None or seconds is None else [f"{read:.0%}", f"{1e3 * seconds:.0f} ms"]
         rows.append(tuple(cells))
+    rates = [found.rate(way, share) / 1e9 for way in found.ways for share in MEMORY if way.bytes(share)]
     notes = [
-        f"Perplexity {found.perplexity:.3f} with all neurons. Of the FFN ({format_size(found.ffn_bytes)}) so much is "
-        f"read a token, in so much time: single neurons at {found.record_rate / 1e9:.2f} GB/s, plain streaming at "
-        f"{found.slice_rate / 1e9:.2f} GB/s."
+        f"Thresholds from {found.tokens:,} tokens; perplexity of {found.test_tokens:,} that follow, "
+        f"{found.perplexity:.3f} with all neurons.",
+        f"Of the FFN ({format_size(found.ffn_bytes)}) so much is read a token, in so much time: neurons at "
+        f"{min(rates, default=0):.2f} to {max(rates, default=0):.2f} GB/s, plain streaming at "
+        f"{found.slice_rate / 1e9:.2f} GB/s.",
     ]
     for share in MEMORY:
         plain = 1e3 * (found.seconds(None, share) or 0.0)
