@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,26 +19,10 @@ from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
 from flashinfer_cli.kernels import Kernels, select
 from flashinfer_cli.kernels.pool import usable_cores
 
+from .machine import best, memory_bandwidth
+
 ROWS, COLS = 8960, 1536  # the up projection of a 1.5B model
 LARGE = 192 << 20  # bytes of weights gone through in turn, so that none is still in a cache
-
-
-def best(work: Callable[[], object], seconds: float = 0.4, least: int = 5) -> float:
-    """Seconds of the fastest of several runs."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def memory_bandwidth(threads: int) -> float:
-    """Bytes a second that a sum over a large float32 array reads."""
-    torch.set_num_threads(threads)
-    data = torch.ones(256 << 18)
-    return data.nbytes / best(data.sum)
 
 
 def stored(fmt: str, rows: int, cols: int) -> torch.Tensor:

@@ -195,16 +195,20 @@ def compare(
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None, systems: list[str], *others: str) -> argparse.ArgumentParser:
+    """What every comparison takes; `systems` run if none are named, `others` if they are."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["llama-3g"])
-    parser.add_argument("--caps", nargs="+", type=float, default=[0.5, 0.25], help="shares of the weights; 1 is no cap")
-    parser.add_argument(
-        "--systems", nargs="+", default=["ours", "llama.cpp"], choices=["ours", "llama.cpp", "accelerate"]
-    )
-    parser.add_argument("--kind", default="BF16", choices=["BF16", "F16", "Q8_0", "Q4_0"])
+    parser.add_argument("--systems", nargs="+", default=systems, choices=[*systems, *others])
     parser.add_argument("--peer-python", default=sys.executable)
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__, ["ours", "llama.cpp"], "accelerate")
+    parser.add_argument("--caps", nargs="+", type=float, default=[0.5, 0.25], help="shares of the weights; 1 is no cap")
+    parser.add_argument("--kind", default="BF16", choices=["BF16", "F16", "Q8_0", "Q4_0"])
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=8)
     parser.add_argument("--bundle", type=Path, help="what we run of the one model: a calibrated bundle, sparse")

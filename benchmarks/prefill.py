@@ -11,7 +11,6 @@ after the run, as others use them too.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from flashinfer_cli.models.open import open_model
 
 from . import cgroup, machine
 from .gguf_files import write
-from .peers import DEFAULT_READAHEAD, MOST, checkpoint, run, weight_bytes
+from .peers import DEFAULT_READAHEAD, MOST, arguments, checkpoint, run, weight_bytes
 
 
 def multiply_rate(tokens: int, rows: int, cols: int, threads: int) -> float:
@@ -87,13 +86,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=["llama-3g"])
+    parser = arguments(__doc__, ["ours"], "llama.cpp")
     parser.add_argument("--cap", type=float, default=0.5, help="share of the weights")
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--systems", nargs="+", default=["ours"], choices=["ours", "llama.cpp"])
-    parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []

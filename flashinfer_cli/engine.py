@@ -28,11 +28,13 @@ from .kernels.warm import ensure_compiled, is_compiled
 from .layers.linear import Runtime
 from .models.ahead import read_ahead
 from .models.build import Builder
-from .models.layout import ModelLayout, lay_out, sizes_of
+from .models.layout import ModelLayout, lay_out
 from .models.open import OpenModel, open_model
 from .models.predictors import load_predictors
+from .models.sizes import sizes_of
 from .plan import MemoryPlan, make_plan
-from .report import Recorder, RunReport, expert_rows, io_rows, layer_rows, phase_report
+from .recorder import Recorder
+from .report import RunReport, expert_rows, io_rows, layer_rows, phase_report
 from .store.flash import FlashStore
 from .store.tuning import Reading, drive_of, kept, reading_of
 from .tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from flashinfer_cli.bundles import convert, publish, records, writer
+from flashinfer_cli.bundles import bands, convert, publish, records, writer
 from flashinfer_cli.bundles.format import FORMAT_VERSION, Manifest, expert_layout, neuron_layout, safetensors_header
 from flashinfer_cli.bundles.reader import BundleCheckpoint, open_bundle
 from flashinfer_cli.bundles.verify import verify_bundle
@@ -401,11 +401,12 @@ def test_bands_and_batches_of_any_size_give_the_same_bytes(
     memory = 8 * 512 * 7  # bands of 7 neurons of 512 bytes
     itemsize = 2 if dtype == "auto" else 4
     assert [records.scratch_bytes(file, memory) for file in plan.files] == [0, *[INTER * HIDDEN * itemsize] * 2]
-    monkeypatch.setattr(records, "BATCH_BYTES", 5 * INTER * itemsize)  # 5 batches, the last of 4 rows
-    monkeypatch.setattr(records, "TALL_ELEMENTS", 2 * INTER)
+    monkeypatch.setattr(bands, "BATCH_BYTES", 5 * INTER * itemsize)  # 5 batches, the last of 4 rows
+    monkeypatch.setattr(bands, "TALL_ELEMENTS", 2 * INTER)
+    monkeypatch.setattr(bands, "BLOCK_ELEMENTS", 15)
     monkeypatch.setattr(records, "BLOCK_ELEMENTS", 15)
     monkeypatch.setattr(records, "COPY_BYTES", 100)
-    monkeypatch.setattr(records, "SYNC_BYTES", 1000)
+    monkeypatch.setattr(bands, "SYNC_BYTES", 1000)
     banded = make_dense(tmp_path / "source", tmp_path / "banded", dtype=dtype, memory_bytes=memory)
     assert hashes(whole) == hashes(banded)
 
@@ -647,7 +648,7 @@ def kill_at(limit: int) -> Callable[[int, int, str], None]:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "COPY_BYTES", 900)
-    monkeypatch.setattr(records, "STAGING", 0)
+    monkeypatch.setattr(bands, "STAGING", 0)
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -674,8 +675,8 @@ CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_bundle import make_dense, records
-records.COPY_BYTES, records.STAGING = 900, 0
+from test_bundle import bands, make_dense, records
+records.COPY_BYTES, bands.STAGING = 900, 0
 limit = int(sys.argv[4])
 def progress(done, total, what):
     if done >= limit:

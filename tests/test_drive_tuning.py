@@ -10,7 +10,7 @@ import pytest
 from flashinfer_cli.checkpoint.base import Extent
 from flashinfer_cli.config import KiB
 from flashinfer_cli.device import allocate
-from flashinfer_cli.report import Recorder
+from flashinfer_cli.recorder import Recorder
 from flashinfer_cli.store import tuning
 from flashinfer_cli.store.flash import FlashStore, span_of
 

@@ -17,7 +17,7 @@ from flashinfer_cli.checkpoint.base import Extent
 from flashinfer_cli.config import EXPERT_POLICIES
 from flashinfer_cli.device import Device
 from flashinfer_cli.errors import StorageError
-from flashinfer_cli.report import Recorder
+from flashinfer_cli.recorder import Recorder
 from flashinfer_cli.store.flash import FlashStore, Span
 
 CPU = Device("cpu")

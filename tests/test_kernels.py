@@ -18,7 +18,7 @@ from gguf.quants import dequantize as gguf_dequantize
 
 from flashinfer_cli import kernels as package
 from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
-from flashinfer_cli.kernels import Kernels, select
+from flashinfer_cli.kernels import Kernels, jobs, select
 from flashinfer_cli.kernels.activations import ACTIVATIONS
 from flashinfer_cli.kernels.jobs import ACTS, BLOCK_COLS, BLOCK_TOKENS, BLOCKS, BRIEF, DIRECT_BLOCKS, LONG
 from flashinfer_cli.kernels.listed import Listed
@@ -168,8 +168,11 @@ def test_bits_do_not_depend_on_tokens_threads_or_slices(numba: Kernels, fmt: str
 
 @pytest.mark.parametrize("fmt", ["F32", "BF16", "Q8_0", "Q4_K"])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_blocks_of_columns_change_no_bit(numba: Kernels, fmt: str, blocks: int) -> None:
-    """Many tokens go through the columns in blocks; a token alone does not."""
+def test_blocks_of_columns_and_passes_change_no_bit(
+    numba: Kernels, fmt: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tokens go through the columns in blocks, and in passes where they are too large for a cache; a token alone
+    does not."""
     rows, cols = 39, blocks * BLOCK_COLS + (0 if fmt in BLOCKS else 21)
     stored, values = weights(fmt, rows, cols)
     tokens = BLOCK_TOKENS + 29
@@ -179,6 +182,11 @@ def test_blocks_of_columns_change_no_bit(numba: Kernels, fmt: str, blocks: int) 
     for t in (0, 1, BLOCK_TOKENS - 1, BLOCK_TOKENS, tokens - 1):
         numba.linear(x[t : t + 1], stored, fmt, single, 0)
         assert torch.equal(out[t, 1:-1], single[0])
+    for limit in (x.nbytes // 2, x.nbytes // 3, 1):
+        monkeypatch.setattr(jobs, "PASS_BYTES", limit)
+        again = torch.empty_like(out)
+        numba.linear(x, stored, fmt, again, 1)
+        assert torch.equal(again[:, 1:-1], out[:, 1:-1])
 
 
 def records_of(fmt: str, n: int, d: int, gated: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -270,8 +278,6 @@ def test_listed_records_give_the_bits_of_records_side_by_side(numba: Kernels, fm
 
 def test_ffn_in_several_passes_over_many_tokens(numba: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """More sums than one thread adds up, and than fit at once: the bits stay those of single tokens."""
-    from flashinfer_cli.kernels import jobs
-
     records, parts = records_of("BF16", 100, 1024, True)
     x = torch.randn(41, 1024) * 0.2
     single = torch.zeros(41, 1024)

@@ -25,6 +25,7 @@ LAYERS = (
     ("errors",),
     ("config",),
     ("zoo",),
+    ("recorder",),
     ("device", "report", "chat_template", "tokenizer_pre", "tokenizer_stream", "tokenizer_folder", "tokenizer_gguf"),
     ("checkpoint",),
     ("kernels", "tokenizer"),  # both read the format tables and metadata of a checkpoint
@@ -107,6 +108,7 @@ def test_torch_only_where_computing_is_done():
         "errors",
         "config",
         "device",
+        "recorder",
         "report",
         "tokenizer",
         "plan",

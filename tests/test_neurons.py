@@ -36,8 +36,9 @@ from flashinfer_cli.errors import BundleError, CorruptCheckpointError
 from flashinfer_cli.layers.demand import Oracle
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import make_plan
-from flashinfer_cli.report import Recorder
-from flashinfer_cli.store.flash import MOST_VIEWS, FlashStore
+from flashinfer_cli.recorder import Recorder
+from flashinfer_cli.store.flash import FlashStore
+from flashinfer_cli.store.scatter import MOST_VIEWS
 from flashinfer_cli.training import data
 from flashinfer_cli.training.export import write_folder
 from flashinfer_cli.training.model import Decoder
@@ -126,7 +127,7 @@ def test_records_land_in_their_rows(tmp_path, direct, batched):
     random = np.random.default_rng(2)
     recorder = Recorder()
     with FlashStore(recorder, direct=direct) as store:
-        store.batched = batched
+        store.reader.batched = batched
         for share in (0.002, 0.05, 0.5, 1.0):
             ids = np.flatnonzero(random.random(count) < share)
             rows = random.permutation(count)[: len(ids)]
@@ -154,7 +155,7 @@ def test_a_file_that_has_shrunk_is_told(tmp_path):
     (tmp_path / "f").write_bytes(bytes(100 * 512))
     for batched in (True, False):
         with FlashStore(Recorder()) as store:
-            store.batched = batched
+            store.reader.batched = batched
             buffer = allocate(200 * 512).reshape(200, 512)
             ids = np.arange(0, 200, 40)
             ticket = store.read_records(tmp_path / "f", 0, 512, ids, address(buffer, ids), (buffer,), "neuron")

@@ -12,7 +12,7 @@ import torch
 from flashinfer_cli.cache.slices import Feed, Slice
 from flashinfer_cli.checkpoint.base import Extent
 from flashinfer_cli.device import Device
-from flashinfer_cli.report import Recorder
+from flashinfer_cli.recorder import Recorder
 from flashinfer_cli.store.flash import FlashStore
 
 CPU = Device("cpu")

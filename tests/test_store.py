@@ -13,7 +13,7 @@ import pytest
 from flashinfer_cli.checkpoint.base import Extent
 from flashinfer_cli.device import allocate
 from flashinfer_cli.errors import CorruptCheckpointError, StorageError
-from flashinfer_cli.report import Recorder
+from flashinfer_cli.recorder import Recorder
 from flashinfer_cli.store.drive import measure
 from flashinfer_cli.store.flash import ALIGN, REQUEST_BYTES, FlashStore, span_of
 

@@ -8,7 +8,6 @@ onto the router's logits or onto discounted uses; on held-out tokens both guess 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from ..bundles.publish import writer_lock
-from ..cache.kv import KVCache
 from ..config import RunConfig
 from ..engine import Engine
 from ..errors import UsageError
@@ -24,12 +22,13 @@ from ..layers.moe import MoeFfn, rescale, route
 from ..models.ahead import Pair, Recall, write_ahead
 from ..models.build_experts import LOOKAHEADS
 from ..models.open import OpenModel, open_model
-from .calibrate import HELD_SHARE, LEAST_TOKENS, SEQUENCE, watched
+from .calibrate import HELD_SHARE, LEAST_TOKENS
+from .layerwise import layer_by_layer
+from .quality import SEQUENCE, Progress
 
 RIDGE = 1e-3  # of the mean square of an input, added to every one of them
 DISCOUNT = 0.7  # of a use for every token that it is further off
 
-Progress = Callable[[int, int, str], None]
 Fitted = tuple[torch.Tensor, torch.Tensor]  # weight [E, d], bias [E]
 
 
@@ -73,21 +72,11 @@ def _layers(
     maps: dict[Pair, Fitted] = {}
     seen: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # layer -> FFN inputs [N, d], norm's weight
     with Engine(opened, settled) as engine, torch.inference_mode():
-        decoder, rt = engine.decoder, engine.decoder.rt
-        kv = KVCache(engine.config, SEQUENCE, engine.device.name)
-        states = [decoder.embedding(torch.tensor(w), rt) * engine.config.embedding_scale for w in parts]
-        if decoder.first_guess is not None:
-            norm = decoder.first_guess.norm
-            seen[-1] = norm(torch.cat(states)), norm.weight
-        for index, block in enumerate(decoder.blocks):
-            if progress is not None:
-                progress(index, len(decoder.blocks), f"calibrating layer {index + 1} of {len(decoder.blocks)}")
-            inputs = torch.empty(len(ids), engine.config.hidden_size)
-            noting = watched(block, inputs)
-            with rt.feed.hold(decoder.slices_of(index)):
-                for number, x in enumerate(states):
-                    kv.trim(0)
-                    states[number] = noting(x, kv, len(x), rt)
+        guess = engine.decoder.first_guess
+        if guess is not None:
+            states = engine.decoder.embedding(torch.tensor(ids), engine.decoder.rt) * engine.config.embedding_scale
+            seen[-1] = guess.norm(states), guess.norm.weight
+        for index, block, inputs, _ in layer_by_layer(engine, parts, lambda index, block: None, progress):
             if isinstance(block.ffn, MoeFfn):
                 norm_weight = block.ffn_norm.weight if block.ffn_norm is not None else None
                 for source in [index - distance for distance in LOOKAHEADS if index - distance in seen]:
@@ -100,7 +89,7 @@ def _layers(
                     found.append(recall)
                     if recall.better:
                         maps[index, index] = fitted
-                seen[index] = inputs, norm_weight
+                seen[index] = inputs.clone(), norm_weight
             seen = {layer: kept for layer, kept in seen.items() if layer > index - max(LOOKAHEADS)}
     return found, maps
 

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +28,6 @@ from ..bundles.sparsity import (
     read_sparsity,
     sparsity_json,
 )
-from ..cache.kv import KVCache
 from ..config import MiB, RunConfig, format_size
 from ..engine import Engine
 from ..errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
@@ -37,6 +35,7 @@ from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
 from ..models.open import OpenModel, open_model
+from .layerwise import layer_by_layer
 from .partial import Partial, forget
 from .predictors import BATCH, fit, judged, new_in_window
 from .quality import SEQUENCE, Demands, Progress, quality
@@ -179,30 +178,19 @@ def _layers(
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
     _check_room(opened, len(ids), run)
     with Engine(opened, settled) as engine, torch.inference_mode():
-        decoder, rt = engine.decoder, engine.decoder.rt
-        kv = KVCache(engine.config, SEQUENCE, engine.device.name)
-        states = [decoder.embedding(torch.tensor(w), rt) * engine.config.embedding_scale for w in parts]
-        if decoder.positions is not None:
-            first = engine.config.position_offset
-            states = [x + decoder.positions[first : first + len(x)] for x in states]
-        with torch.inference_mode(False):
-            inputs = torch.empty(len(ids), engine.config.hidden_size)
-        for index, block in enumerate(decoder.blocks):
-            if progress is not None:
-                progress(index, len(decoder.blocks), f"calibrating layer {index + 1} of {len(decoder.blocks)}")
-            with rt.feed.hold(decoder.slices_of(index)):
-                noting = watched(block, inputs)
-                for number, x in enumerate(states):
-                    kv.trim(0)
-                    states[number] = noting(x, kv, len(x), rt)
-                if index not in done.layers and isinstance(block.ffn, RecordFfn):
-                    gate, gate_bias = _gate(block.ffn, engine)
-            if index not in done.layers and isinstance(block.ffn, RecordFfn):
-                with torch.inference_mode(False):
-                    width = block.ffn.parts[0].slice.nbytes // block.ffn.parts[0].rows
-                    known = tuple(taken[f"layers.{index}.{name}"] for name in ("a", "b", "bias")) if taken else None
-                    done.keep(*_fit(index, inputs, gate, gate_bias, engine.config.hidden_act, recall, width, known))
-                del gate
+
+        def gate_of(index: int, block: Block) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+            ffn = block.ffn
+            return _gate(ffn, engine) if isinstance(ffn, RecordFfn) and index not in done.layers else None
+
+        for index, block, inputs, gate in layer_by_layer(engine, parts, gate_of, progress):
+            if gate is None or not isinstance(block.ffn, RecordFfn):
+                continue
+            with torch.inference_mode(False):
+                width = block.ffn.parts[0].slice.nbytes // block.ffn.parts[0].rows
+                known = tuple(taken[f"layers.{index}.{name}"] for name in ("a", "b", "bias")) if taken else None
+                done.keep(*_fit(index, inputs, *gate, engine.config.hidden_act, recall, width, known))
+            del gate  # before the next layer comes
     if not done.layers:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
     return [done.layers[i] for i in sorted(done.layers)], done.tensors()
@@ -224,20 +212,6 @@ def _cut(ids: list[int]) -> list[list[int]]:
         parts.append(ids[place : place + size])
         place += size
     return parts
-
-
-def watched(block: Block, inputs: torch.Tensor) -> Block:
-    """The block, with what goes into its FFN noted down in the rows of `inputs` [N, d], one after the other."""
-    ffn, place = block.ffn, 0
-    assert ffn is not None
-
-    def noting(x: torch.Tensor, rt: Any) -> torch.Tensor:
-        nonlocal place
-        inputs[place : place + len(x)] = x
-        place += len(x)
-        return ffn(x, rt)
-
-    return replace(block, ffn=noting)  # type: ignore[arg-type]
 
 
 def _gate(ffn: RecordFfn, engine: Engine) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from statistics import median
 from typing import Any
 
 from ..config import format_size
 from ..report import PHASES
+from . import page
 from .charts import Bar, Column, Mark, Segment, columns, rows
-from .page_style import STYLE
 
 Report = Mapping[str, Any]
 SPLIT = (
@@ -22,14 +22,10 @@ SPLIT = (
 
 def render(report: Report) -> str:
     """The page for a RunReport.to_dict(), read back from JSON or not. Every text in it is escaped."""
-    title = escape(f"{report['model'].get('name', 'model')} · genai-run")
+    title = f"{report['model'].get('name', 'model')} · genai-run"
     sections = (_head, _warnings, _tiles, _memory, _time, _layers, _experts, _steps, _io)
     body = "\n".join(section(report) for section in sections)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
+    return page.page(title, body)
 
 
 # ------------------------------------------------------------------ the top of the page
@@ -69,9 +65,9 @@ def _tiles(report: Report) -> str:
     if prefill["tokens"]:
         tiles.append(("prefill", f"{prefill['tokens_per_second']:.1f}", "tok/s", f"{prefill['tokens']} tokens"))
     if report["first_token_seconds"] is not None:
-        note = f"{_seconds(report['load']['seconds'])} of loading aside"
+        note = f"{page.seconds(report['load']['seconds'])} of loading aside"
         tiles.append(("first token", f"{report['first_token_seconds']:.2f}", "s", note))
-    note = f"{_share(report['peak'], report['budget'])} of the budget"
+    note = f"{page.share(report['peak'], report['budget'])} of the budget"
     tiles.append(("peak memory", *format_size(report["peak"]).split(" "), note))
     if decode["tokens"]:
         tiles.append(
@@ -79,7 +75,7 @@ def _tiles(report: Report) -> str:
         )
     if reading["bytes_read"]:
         rate, drive = reading["read_bytes_per_second"], report.get("drive")
-        note = f"{_share(rate, drive['bytes_per_second'])} of the drive" if drive else "while reading"
+        note = f"{page.share(rate, drive['bytes_per_second'])} of the drive" if drive else "while reading"
         tiles.append(("reading", f"{rate / 1e9:.2f}", "GB/s", note))
     if decode["hit_ratio"] is not None:
         tiles.append(("cache hits", f"{decode['hit_ratio']:.0%}", "", "in decode"))
@@ -112,7 +108,7 @@ def _memory(report: Report) -> str:
         Mark(budget, f"budget {format_size(budget)}"),
     ]
     chart = rows(bars, label="Memory planned and used, against the budget", top=budget, marks=marks)
-    table = _table(
+    table = page.table(
         ("", "planned", "actual", ""),
         (
             (
@@ -131,7 +127,7 @@ def _memory(report: Report) -> str:
         if report["streamed_bytes"]
         else "All weights stay in memory."
     )
-    return _section("Memory", note, chart + table)
+    return page.section("Memory", note, chart + table)
 
 
 # ------------------------------------------------------------------ time
@@ -145,19 +141,23 @@ def _time(report: Report) -> str:
         if not whole:
             continue
         parts = [
-            Segment(phase[key] / whole, style, f"{name}, {words}: {_seconds(phase[key])} ({_share(phase[key], whole)})")
+            Segment(
+                phase[key] / whole,
+                style,
+                f"{name}, {words}: {page.seconds(phase[key])} ({page.share(phase[key], whole)})",
+            )
             for key, style, words in SPLIT
         ]
-        bars.append(Bar(name, parts, f"{_seconds(whole)}, {_share(phase['wait_seconds'], whole)} waiting"))
+        bars.append(Bar(name, parts, f"{page.seconds(whole)}, {page.share(phase['wait_seconds'], whole)} waiting"))
         if phase["read_seconds"] and phase["tokens"]:
             facts.append(f"{phase['overlap']:.0%} of the reading of {name} was hidden behind computing")
     if not bars:
         return ""
     note = f"{'; '.join(facts)}." if facts else ""
-    return _section(
+    return page.section(
         "Time",
         note,
-        _legend((style, words) for _, style, words in SPLIT)
+        page.legend((style, words) for _, style, words in SPLIT)
         + rows(bars, label="Time of each phase by what it was spent on", top=1.0),
     )
 
@@ -174,14 +174,16 @@ def _layers(report: Report) -> str:
             index = row["layer"]
             name = "emb" if index < 0 else "head" if index == last else str(index)
             wait, compute = row[f"{phase}_wait"] / passes, row[f"{phase}_compute"] / passes
-            title = f"layer {name}: {_seconds(compute)} computing, {_seconds(wait)} waiting"
+            title = f"layer {name}: {page.seconds(compute)} computing, {page.seconds(wait)} waiting"
             bars.append(Column(name, (Segment(compute, "compute", title), Segment(wait, "wait", title))))
         tokens = report[phase]["tokens"] / passes
         charts.append(f"<h3>{phase}, a pass of {tokens:.0f} token{'s' if tokens > 1 else ''}</h3>")
-        charts.append(columns(bars, label=f"Waiting and computing by layer in {phase}", unit=_seconds))
+        charts.append(columns(bars, label=f"Waiting and computing by layer in {phase}", unit=page.seconds))
     if not charts:
         return ""
-    return _section("Layers", "", _legend((("compute", "computing"), ("wait", "waiting for I/O"))) + "".join(charts))
+    return page.section(
+        "Layers", "", page.legend((("compute", "computing"), ("wait", "waiting for I/O"))) + "".join(charts)
+    )
 
 
 def _experts(report: Report) -> str:
@@ -208,9 +210,9 @@ def _experts(report: Report) -> str:
         most = max(row["uses"].values(), default=0)
         lines.append(
             (
-                escape(name), f"{asked:,}", _share(row["hits"], asked), "–" if recall is None else f"{recall:.0%}",
-                f"{row['guessed']:,}", _share(row["right"], row["guessed"]), format_size(row["wasted_bytes"]),
-                f"{len(row['uses'])}", _share(most, sum(row["uses"].values())),
+                escape(name), f"{asked:,}", page.share(row["hits"], asked), "–" if recall is None else f"{recall:.0%}",
+                f"{row['guessed']:,}", page.share(row["right"], row["guessed"]), format_size(row["wasted_bytes"]),
+                f"{len(row['uses'])}", page.share(most, sum(row["uses"].values())),
             )
         )  # fmt: skip
     header = ("layer", "asked for", "hits", "recall", "read ahead", "right", "wasted", "in use", "most used")
@@ -219,8 +221,8 @@ def _experts(report: Report) -> str:
         f"{phase}: {cache['slots']:,} of {cache['experts']:,} experts stay, by policy {cache['policy']}. "
         f"Reading ahead is {cache['prefetch']['verdict']}."
     )
-    chart = columns(bars, label=f"Experts asked for by layer in {phase}", unit=_count)
-    return _section("Experts", note, _legend(legend) + chart + _table(header, lines, left=(0,)))
+    chart = columns(bars, label=f"Experts asked for by layer in {phase}", unit=page.count)
+    return page.section("Experts", note, page.legend(legend) + chart + page.table(header, lines, left=(0,)))
 
 
 def _steps(report: Report) -> str:
@@ -229,16 +231,16 @@ def _steps(report: Report) -> str:
         return ""
     bars = []
     for index, step in enumerate(steps):
-        title = f"step {index + 1}: {_seconds(step['seconds'])}, {_seconds(step['wait_seconds'])} waiting"
+        title = f"step {index + 1}: {page.seconds(step['seconds'])}, {page.seconds(step['wait_seconds'])} waiting"
         title += f", {format_size(step['bytes_read'])} read"
         bars.append(Column(str(index + 1), [Segment(step["seconds"], "warm" if index else "cold", title)]))
     warm = median([step["seconds"] for step in steps[1:]]) if len(steps) > 1 else 0.0
-    mark = Mark(warm, f"median of the warm {_seconds(warm)}") if warm else None
-    note = f"The first step took {_seconds(steps[0]['seconds'])}"
+    mark = Mark(warm, f"median of the warm {page.seconds(warm)}") if warm else None
+    note = f"The first step took {page.seconds(steps[0]['seconds'])}"
     note += f", {steps[0]['seconds'] / warm:.1f} times the median of those after it." if warm else "."
-    legend = _legend((("cold", "first step, cold"), ("warm", "the steps after it")))
-    return _section(
-        "Decode steps", note, legend + columns(bars, label="Time of each decode step", unit=_seconds, mark=mark)
+    legend = page.legend((("cold", "first step, cold"), ("warm", "the steps after it")))
+    return page.section(
+        "Decode steps", note, legend + columns(bars, label="Time of each decode step", unit=page.seconds, mark=mark)
     )
 
 
@@ -248,14 +250,14 @@ def _steps(report: Report) -> str:
 def _io(report: Report) -> str:
     lines = []
     for row in report["io"]:
-        useful = "" if row["useful"] == row["bytes"] else f"{_share(row['useful'], row['bytes'])} asked for"
+        useful = "" if row["useful"] == row["bytes"] else f"{page.share(row['useful'], row['bytes'])} asked for"
         mean = format_size(row["bytes"] / max(row["requests"], 1))
         lines.append(
             (escape(row["phase"]), escape(row["kind"]), f"{row['requests']:,}", format_size(row["bytes"]), mean, useful)
         )
     if not lines:
-        return _section("Reads", "Nothing was read from the drive.", "")
-    parts = [_drive(report), _table(("phase", "kind", "requests", "bytes", "mean size", ""), lines, left=(0, 1, 5))]
+        return page.section("Reads", "Nothing was read from the drive.", "")
+    parts = [_drive(report), page.table(("phase", "kind", "requests", "bytes", "mean size", ""), lines, left=(0, 1, 5))]
     sizes = sorted((int(size), count) for size, count in report["request_sizes"].items() if count)
     if sizes:
         bars = [
@@ -267,10 +269,10 @@ def _io(report: Report) -> str:
         ]
         parts += [
             "<h3>requests by size</h3>",
-            columns(bars, label="Number of requests by size", unit=_count, height=180, labels_every=1),
+            columns(bars, label="Number of requests by size", unit=page.count, height=180, labels_every=1),
         ]
     note = f"{format_size(report['wasted_bytes'])} were read ahead and never used." if report["wasted_bytes"] else ""
-    return _section("Reads", note, "".join(parts))
+    return page.section("Reads", note, "".join(parts))
 
 
 def _drive(report: Report) -> str:
@@ -279,59 +281,19 @@ def _drive(report: Report) -> str:
     if drive:
         gives = drive["bytes_per_second"]
         how = f"requests of {format_size(drive['request_bytes'])}, {drive['depth']} at once"
-        bars.append(Bar("the drive", [Segment(gives, "other", f"the drive: {_rate(gives)} with {how}")], _rate(gives)))
+        bars.append(
+            Bar("the drive", [Segment(gives, "other", f"the drive: {page.rate(gives)} with {how}")], page.rate(gives))
+        )
     for name in PHASES:
         reached = report[name]["read_bytes_per_second"]
         if reached:
-            share = f" ({_share(reached, drive['bytes_per_second'])})" if drive else ""
+            share = f" ({page.share(reached, drive['bytes_per_second'])})" if drive else ""
             bars.append(
-                Bar(name, [Segment(reached, "io", f"{name}: {_rate(reached)} while reading")], _rate(reached) + share)
+                Bar(
+                    name,
+                    [Segment(reached, "io", f"{name}: {page.rate(reached)} while reading")],
+                    page.rate(reached) + share,
+                )
             )
     note = f"<p class='note'>The drive was measured in place, with {how}.</p>" if drive else ""
     return "<h3>bytes a second, while reading</h3>" + rows(bars, label="Read rates", thick=20) + note
-
-
-# ------------------------------------------------------------------ pieces
-
-
-def _section(title: str, note: str, content: str) -> str:
-    said = f"<p class='note'>{escape(note[:1].upper() + note[1:])}</p>" if note else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{content}</section>"
-
-
-def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    keys = (f"<span><i class='key {style}'></i>{escape(words)}</span>" for style, words in entries)
-    return "<p class='legend'>" + "".join(keys) + "</p>"
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[int]) -> str:
-    """`header` is text, the cells of `lines` are HTML already."""
-
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(f"<{tag}{' class=left' if i in left else ''}>{value}</{tag}>" for i, value in enumerate(values))
-
-    body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
-    head = cells("th", [escape(each) for each in header])
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _seconds(seconds: float) -> str:
-    return (
-        f"{seconds:.2f} s"
-        if seconds >= 1
-        else f"{seconds * 1e3:.3g} ms"
-        if seconds < 0.1
-        else f"{seconds * 1e3:.0f} ms"
-    )
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k"
-
-
-def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.2f} GB/s"
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}" if whole else "–"

@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from ..config import format_size
+from . import page
 from .charts import Column, Line, Segment, columns, lines
-from .page_style import STYLE
 
 GAP = (
     ("chance", "other", "chance: a cache of this size, filled blindly"),
@@ -22,7 +22,7 @@ GAP = (
 def render(found: Mapping[str, Any]) -> str:
     """The page for what `replay` returns, read back from JSON or not. Every text in it is escaped."""
     name = str(found["about"].get("model") or found["file"])
-    title = escape(f"{name} · {found['kind']} replayed")
+    title = f"{name} · {found['kind']} replayed"
     points = found["points"]
     policies = list(points[0]["policies"])
     about = (
@@ -36,27 +36,23 @@ def render(found: Mapping[str, Any]) -> str:
     curves.append(Line("Belady's optimum", "warm", [(p["share"], p["belady"]["hit_ratio"]) for p in points]))
     curves.append(Line("chance", "other", [(p["share"], p["share"]) for p in points]))
     sections = [
-        _section(
+        page.section(
             "Hit ratio against cache size",
             "Share of what was asked for that was in the cache.",
-            _legend([(line.style, line.name) for line in curves])
+            page.legend([(line.style, line.name) for line in curves])
             + lines(curves, label="Hit ratio by share of the records that are cached", across=_percent, up=_percent),
         ),
-        _section("Bytes a token", "Read from the drive for want of room.", _bytes(points, policies)),
-        _section(
+        page.section("Bytes a token", "Read from the drive for want of room.", _bytes(points, policies)),
+        page.section(
             "Where the hits are",
             "All that was asked for, by who would have found it.",
-            _legend([(style, words) for _, style, words in GAP]) + _gap(points),
+            page.legend([(style, words) for _, style, words in GAP]) + _gap(points),
         ),
     ]
     if found["recall"]:
         sections.append(_recall(found["recall"]))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        f"<header><h1>{title}</h1><p>{escape(about)}</p></header>\n" + "\n".join(sections) + "\n</main></body></html>\n"
-    )
+    head = f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>"
+    return page.page(title, "\n".join((head, *sections)))
 
 
 def _bytes(points: Sequence[Mapping[str, Any]], policies: Sequence[str]) -> str:
@@ -95,16 +91,7 @@ def _recall(found: Sequence[Mapping[str, Any]]) -> str:
     curves.append(Line("chance", "other", list(enumerate(longest["chance"], 1))))
     chart = lines(curves, label="Recall of guesses by their number", across=lambda value: f"{value:g}", up=_percent)
     note = "Share of the needed experts among those guessed, by the number guessed."
-    return _section("Recall of guesses", note, _legend([(line.style, line.name) for line in curves]) + chart)
-
-
-def _section(title: str, note: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2><p class='note'>{escape(note)}</p>{content}</section>"
-
-
-def _legend(entries: Sequence[tuple[str, str]]) -> str:
-    keys = (f"<span><i class='key {style}'></i>{escape(words)}</span>" for style, words in entries)
-    return "<p class='legend'>" + "".join(keys) + "</p>"
+    return page.section("Recall of guesses", note, page.legend([(line.style, line.name) for line in curves]) + chart)
 
 
 def _percent(value: float) -> str:

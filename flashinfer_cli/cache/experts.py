@@ -20,8 +20,9 @@ import torch
 
 from ..checkpoint.base import Extent
 from ..device import Device, allocate
-from ..report import Recorder
-from ..store.flash import FlashStore, Span, Ticket, span_of
+from ..recorder import Recorder
+from ..store.flash import FlashStore, Ticket
+from ..store.spans import Span, span_of
 from .guesses import Guessing
 from .policy import Foresight, Key, Policy
 from .trace import TraceWriter

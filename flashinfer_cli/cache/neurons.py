@@ -16,7 +16,7 @@ import torch
 from ..config import NEURON_STAGES
 from ..device import Device, allocate, give_back, release_free_memory
 from ..kernels.listed import Listed
-from ..report import Recorder
+from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
 from .pinned import Block, Tracing
 from .slots import NeuronFile, Slots

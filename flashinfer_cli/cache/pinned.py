@@ -10,7 +10,7 @@ import torch
 
 from ..device import Device
 from ..kernels.listed import Listed
-from ..report import Recorder
+from ..recorder import Recorder
 
 Block = tuple[np.ndarray, "Listed | torch.Tensor"]  # ids, and their records
 

@@ -16,8 +16,9 @@ import torch
 
 from ..checkpoint.base import Extent
 from ..device import Device, allocate, give_back
-from ..report import Recorder
-from ..store.flash import ALIGN, FlashStore, Span, Ticket, span_of
+from ..recorder import Recorder
+from ..store.flash import FlashStore, Ticket
+from ..store.spans import ALIGN, Span, span_of
 
 
 class Slice:

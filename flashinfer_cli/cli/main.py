@@ -14,15 +14,16 @@ import typer
 
 from .. import __version__
 from ..errors import GenaiRunError
+from .bundle import bundle
 from .calibrate import calibrate
 from .chat import chat
 from .console import Console, OutputClosedError
 from .convert_heads import convert_heads
 from .generate import generate
-from .options import spread
 from .replay import replay
 from .running import INTERRUPTED
-from .studies import bundle, evaluate, inspect, plan, profile
+from .spread import spread
+from .studies import evaluate, inspect, plan, profile
 from .train import several, train
 from .tune import tune
 from .zoo import zoo

@@ -17,7 +17,7 @@ from ..cache.kv import KVCache
 from ..config import SamplingParams
 from ..errors import ContextError, UsageError
 from ..models.decoder import Decoder
-from ..report import Recorder
+from ..recorder import Recorder
 from .judging import accept_tree
 from .sampling import Sampler, make_sampler
 from .speculative import Speculator

@@ -37,7 +37,10 @@ GROUP_BYTES = 128 << 10  # of float32 rows worked on together: half of a small s
 DIRECT_TOKENS = 3  # up to which rows go straight from memory into the products
 DIRECT_NEURONS = 4  # of records in blocks that are then worked on together
 MANY_TOKENS = 24  # from which on a product goes through its columns in blocks
-BLOCK_COLS, BLOCK_TOKENS, BLOCK_ROWS = 768, 96, 32  # of float32 at once: 96, 288 and, with the partial sums, 192 KiB
+# Columns, tokens and rows at once. Activations take 768 KiB, most of a second-level cache; few rows go through them
+# again and again, and long columns seldom have their partial sums put away. All the activations of one pass, if they
+# are not to come from memory again for every few rows, have to stay in the third-level cache.
+BLOCK_COLS, BLOCK_TOKENS, BLOCK_ROWS, PASS_BYTES = 2048, 96, 16, 7 << 20
 # Turns of waiting, some 30 ns each: the gap between products of a small model, where reading wants the cores too, or
 # one in which torch works, where nothing is read.
 BRIEF, LONG = 3000, 60_000

@@ -46,11 +46,15 @@ class NumbaKernels:
         self._pool.close()
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
+        tokens, cols = x.shape
+        passes = max(1, min(-(-4 * cols * tokens // jobs.PASS_BYTES), tokens // jobs.MANY_TOKENS))
         space, shared = self._pool.take()
         try:
-            words, own = linear_words(x, weight, fmt, out, start, space.threads)
-            words[SCRATCH] = space.reserve(own * space.threads)
-            space.run(*words)
+            for i in range(passes):
+                part = slice(i * tokens // passes, (i + 1) * tokens // passes)
+                words, own = linear_words(x[part], weight, fmt, out[part], start, space.threads)
+                words[SCRATCH] = space.reserve(own * space.threads)
+                space.run(*words)
         finally:
             self._pool.release(shared)
 

@@ -9,7 +9,7 @@ import torch
 
 from ..cache.slices import Feed, Slice
 from ..kernels import Kernels
-from ..report import Recorder
+from ..recorder import Recorder
 
 TILE_ELEMENTS = 1 << 18  # of a matrix made float32 at a time
 

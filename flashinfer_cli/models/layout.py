@@ -13,13 +13,10 @@ from pathlib import Path
 from ..bundles.format import RecordLayout
 from ..cache.slices import Slice
 from ..checkpoint.base import Checkpoint, Extent, TensorInfo
-from ..config import NEURON_BLOCK, NEURON_STAGES, SLICE_BYTES, MiB, ModelConfig, RunConfig, WeightMap, WeightRef
+from ..config import SLICE_BYTES, ModelConfig, WeightMap, WeightRef
 from ..errors import UsageError
-from ..layers.attention import SCORE_BYTES
 from ..layers.expert import ExpertLayout, ExpertPart
 from ..layers.linear import RowSlice
-from ..plan import Sizes
-from ..store.flash import span_of
 
 # Small matrices that stay, as float32.
 ALWAYS = (
@@ -226,76 +223,3 @@ def _lay_out_experts(
             parts[name] = ExpertPart(piece[name], 0, extents[name].nbytes, rows, cols, fmt, ref.turned, apart)
         layer.expert_extents.append(tuple(extents.values()))
         layer.expert_layouts.append(parts)
-
-
-def _ffn_width(layer: LayerLayout, whole: int) -> int:
-    """How many neurons of a dense FFN are computed at once: records a slice at a time."""
-    return max((part.rows for part in layer.record_parts), default=whole)
-
-
-def _inside_first(layout: ModelLayout) -> tuple[int, ...]:
-    """Places of slices, for a model that drafts for itself with what stays: the head, then whole layers from both ends
-    inwards, whose work the layers between them repeat most."""
-    places = {id(one): place for place, one in enumerate((*layout.body, *layout.head.slices))}
-    count = len(layout.layers)
-    layers = [layout.layers[i // 2 if i % 2 == 0 else count - 1 - i // 2] for i in range(count)]
-    wanted = [*layout.head.slices, *(one for layer in layers for one in layer.slices)]
-    first = [places.pop(id(one)) for one in wanted]
-    return (*places.values(), *first)  # what no layer has, projections in and out, stays before all
-
-
-def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
-    """What the plan needs to know, in bytes."""
-    spans = tuple(s.span.nbytes for s in (*layout.body, *layout.head.slices))
-    experts = [layer.expert_extents for layer in layout.layers if layer.expert_extents]
-    moe = config.moe
-
-    # Of a folder in MXFP4 an expert's largest matrix, with its scales in their places, and what that takes to make.
-    packed = (
-        p.nbytes for layer in layout.layers for e in layer.expert_layouts for p in e.values() if p.scales is not None
-    )
-    joined = 3 * max(packed, default=0)
-
-    def scratch(chunk: int) -> int:
-        """Activations and temporaries of a pass of `chunk` tokens, counted generously."""
-        d, hd = config.hidden_size, config.head_dim
-        dense = [layer for index, layer in enumerate(layout.layers) if not config.is_moe(index)]
-        ffn = 3 * max((_ffn_width(layer, config.intermediate_size) for layer in dense), default=0)
-        if moe is not None:  # the outputs by rank; one expert, at worst with every token; the shared one
-            experts = (moe.num_experts_per_tok + 2) * d + 3 * moe.moe_intermediate_size
-            ffn = max(ffn, experts + 3 * moe.shared_expert_intermediate_size)
-        a_token = 8 * d + 3 * hd * (2 * config.num_attention_heads + 4 * config.num_key_value_heads) + ffn
-        expanded = 0
-        if config.mla is not None:  # queries and mixed latents of every head, and kv_b where it is spread out
-            heads, mla = config.num_attention_heads, config.mla
-            a_token += heads * 5 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-            if any("kv_b" in layer.matrices for layer in layout.layers):
-                expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
-        expanded += joined
-        context = run.context or 0
-        scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
-        logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
-        return 4 * a_token * chunk + expanded + scores + logits + 8 * MiB
-
-    return Sizes(
-        order=_inside_first(layout) if run.draft == "self" and not any(layout.on_demand) else (),
-        always=sum(4 * ref.rows * ref.cols for ref in layout.always.values()),
-        slices=spans,
-        table=0 if layout.tied else sum(s.span.nbytes for s in layout.embed.slices),
-        kv_per_token=config.kv_bytes_per_token,
-        scratch=scratch,
-        expert=max((span_of(e).nbytes for extents in experts for e in extents), default=0),
-        seldom=(*layout.on_demand, *(False for _ in layout.head.slices)),
-        demand=max((layer.demanded for layer in layout.layers), default=0),
-        neurons=sum(layer.neuron_bytes for layer in layout.layers),
-        neuron_block=max(
-            (
-                (3 if run.prefetch_neurons else 1) * NEURON_STAGES * NEURON_BLOCK * layer.records.width_bytes
-                for layer in layout.layers
-                if layer.sparse and layer.records is not None
-            ),
-            default=0,
-        ),
-        experts_by_layer=tuple(len(extents) for extents in experts),
-        experts_per_tok=moe.num_experts_per_tok if moe else 0,
-    )

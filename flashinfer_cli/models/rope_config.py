@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import RopeConfig
 from ..errors import CorruptCheckpointError, UnsupportedModelError, nearest
-from .families import Family
+from .family import Family
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _STRETCHED = ("llama3", "yarn", "longrope")  # those that need to know the context before stretching

@@ -3,7 +3,7 @@
 A token asks for thousands of records of a few KB. A thread that reads them one by one pays a system call, a sleep and
 some Python for each; here a batch is laid out by numpy, handed to the kernel whole, and waited for without the
 interpreter lock. It works on direct reads only (buffered ones would be served one after the other), and where the
-system has none of it `Aio.open` returns None and `flash` reads one by one, which is the plain twin.
+system has none of it `Aio.open` returns None and `scatter.read_one_by_one` is the plain twin.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..checkpoint.base import Extent
 from ..device import allocate
-from ..report import Recorder
-from .flash import ALIGN, REQUEST_BYTES, FlashStore, Ticket, span_of
+from ..recorder import Recorder
+from .flash import REQUEST_BYTES, FlashStore, Ticket
+from .spans import ALIGN, span_of
 
 BATCHES = 3  # of `depth` requests each, so that some wait whenever one ends
 

@@ -1,0 +1,82 @@
+"""One request, read by the thread that took it: a run of bytes, or records scattered over memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CorruptCheckpointError, StorageError
+from .aio import Aio
+from .files import Files
+from .scatter import Pieces, read_one_by_one
+from .spans import ALIGN
+
+
+class Reader:
+    """Reads of files that it opens. Thread-safe; a thread that ends says so, and `files` are closed last."""
+
+    def __init__(self, direct: str) -> None:
+        self.files = Files(direct)
+        self.batched = True  # records by Aio, where there is any
+        self._own = threading.local()
+
+    def read(self, path: Path, offset: int, target: memoryview) -> None:
+        """Fill `target` from `offset` on, as far as the file goes; both aligned to ALIGN.
+
+        Raises StorageError, CorruptCheckpointError where the file ends before the last ALIGN bytes.
+        """
+        fd, direct = self.files.open(path)
+        done, length = 0, len(target)
+        while done < length:
+            try:
+                got = os.preadv(fd, [target[done:] if done else target], offset + done)
+            except OSError as error:
+                raise StorageError(f"Reading {path} at byte {offset + done} failed: {error.strerror}.") from error
+            done += got
+            # The last block of a file ends inside an aligned request, and so does a direct read there.
+            if got == 0 or (direct and got % ALIGN):
+                break
+        if done < length:
+            size = os.fstat(fd).st_size
+            if offset + length - size >= ALIGN:
+                raise CorruptCheckpointError(f"{path} ended at byte {size}: it has shrunk since it was opened.")
+            if offset + done < size:
+                raise StorageError(f"Reading {path} at byte {offset + done} stopped short.")
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def scatter(self, path: Path, pieces: Pieces) -> None:
+        """Read records to their places. Raises StorageError, CorruptCheckpointError where the file ends before one."""
+        fd, direct = self.files.open_for_sectors(path)
+        aio = self._aio() if direct and len(pieces) > 1 else None
+        read = read_one_by_one if aio is None else aio.read
+        try:
+            got = read(fd, pieces.offsets, pieces.first, pieces.views)
+            if (got < 0).any():
+                raise OSError(-int(got.min()), os.strerror(-int(got.min())))
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL:
+                self.files.refuse_sectors()
+                return self.scatter(path, pieces)
+            raise StorageError(f"Reading {path} failed: {error.strerror}.") from error
+        short = np.flatnonzero(got != pieces.sizes)
+        if len(short):
+            end = int(pieces.offsets[short[0]] + got[short[0]])
+            raise CorruptCheckpointError(f"{path} ended at byte {end}: it has shrunk since it was opened.")
+
+    def _aio(self) -> Aio | None:
+        """This thread's own; None where there is none."""
+        if not hasattr(self._own, "aio"):
+            self._own.aio = Aio.open() if self.batched else None
+        found: Aio | None = self._own.aio
+        return found
+
+    def end_thread(self) -> None:
+        """The calling thread reads no more."""
+        aio = getattr(self._own, "aio", None)
+        if aio is not None:
+            aio.close()
