@@ -178,11 +178,14 @@ def _layers(
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
     _check_room(opened, len(ids), run)
     with Engine(opened, settled) as engine, torch.inference_mode():
-        blocks = enumerate(engine.decoder.blocks)
-        left = {index for index, block in blocks if isinstance(block.ffn, RecordFfn)} - done.layers.keys()
+        left = [
+            i
+            for i, block in enumerate(engine.decoder.blocks)
+            if isinstance(block.ffn, RecordFfn) and i not in done.layers
+        ]
 
         def gate_of(index: int, block: Block) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-            return _gate(block.ffn, engine) if index in left and isinstance(block.ffn, RecordFfn) else None
+            return _gate(block.ffn, engine) if isinstance(block.ffn, RecordFfn) and index in left else None
 
         for index, block, inputs, gate in layer_by_layer(engine, parts, gate_of, progress) if left else ():
             if gate is None or not isinstance(block.ffn, RecordFfn):
@@ -192,8 +195,7 @@ def _layers(
                 known = tuple(taken[f"layers.{index}.{name}"] for name in ("a", "b", "bias")) if taken else None
                 done.keep(*_fit(index, inputs, *gate, engine.config.hidden_act, recall, width, known))
             del gate  # before the next layer comes
-            left.discard(index)
-            if not left:
+            if index == left[-1]:
                 break  # behind it there is nothing to learn
     if not done.layers:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")

@@ -124,6 +124,7 @@ class Feed:
         self.ring: Ring | None = None
         self.demand_ring: Ring | None = None
         self.stays: list[Slice] = []  # what is pinned
+        self.changes = 0  # times that what is pinned changed
         self.progress: Callable[[int, int], None] | None = None  # bytes pinned, of how many
         self._passes: deque[tuple[Slice, ...]] = deque()
         self._demanded: set[Slice] = set()
@@ -132,6 +133,7 @@ class Feed:
         """Bring slices in for good."""
         if not slices:
             return
+        self.changes += 1
         total, done = sum(s.span.nbytes for s in slices), 0
         # On the host slices are read to where they stay; on a card they pass through a staging ring.
         home = allocate(total) if self.device.is_host else None
@@ -161,6 +163,7 @@ class Feed:
 
     def unpin(self, slices: Sequence[Slice]) -> None:
         """Let go of slices that were pinned; their memory is given back when all that came with them are."""
+        self.changes += 1
         for slice_ in slices:
             slice_.home = None
         gone = set(slices)

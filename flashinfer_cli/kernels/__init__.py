@@ -60,6 +60,24 @@ class Kernels(Protocol):
         """
         ...
 
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
+        """out = x / sqrt(mean of x^2 over a row + eps) * weight: x and out float32 [..., d], weight [d]."""
+        ...
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        """out[h] = softmax(scale q[h] . keys) values, of one token: q and out float32 [heads, hd], keys and values
+        [kv_heads, S, hd], of which the last `window` positions count. Positions stand side by side, heads of keys and
+        values as far apart as in a cache."""
+        ...
+
     def dequantize(self, weight: torch.Tensor, fmt: str, cols: int) -> torch.Tensor:
         """uint8 [rows, row bytes] as float32 [rows, cols]."""
         ...

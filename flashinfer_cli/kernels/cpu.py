@@ -19,21 +19,27 @@ from numba import float32, int32
 
 from .dots import mix
 from .jobs import (
+    ABOVE_ZERO,
     ADD_UP,
+    ATTEND,
     DEQUANTIZE,
     FFN,
     FFN_LISTED,
     GATE,
     JOB,
+    JOB_WORDS,
     LINEAR,
     LINEAR_LISTED,
     MISSED,
     NEXT,
+    NORM,
     OPEN,
     PATIENCE,
     PIPE_IN,
     PIPE_OUT,
     POOL_BYTES,
+    PROGRAM,
+    ROTATE,
     SEQUENCE,
     SLEEPERS,
     STOP,
@@ -43,6 +49,7 @@ from .memory import (
     atomic_add,
     atomic_load,
     atomic_swap,
+    load_float,
     load_int,
     pause,
     read,
@@ -52,6 +59,7 @@ from .memory import (
     write,
 )
 from .products import F32, choose, compiled, converted, linear, neurons
+from .tokens import above_zero, attend_heads, norm_rows, rotate_heads
 
 SPINS = 3000  # turns of waiting for workers that have joined, before the rest of the machine is given a chance
 # Waking a sleeper costs its caller some 20 us and is worth it once it has missed this much, in one job or in several.
@@ -92,6 +100,22 @@ def _help(pool: Any, worker: Any) -> None:
             converted(code, source, width, rows, cols, out + first * stride, stride)
         elif kind == ADD_UP:
             mix(choose(F32, 2, 1), stride + 4 * first, 4 * count, group, rows, scratch, 0, out + 4 * first, 0)
+        elif kind == NORM:
+            place = 4 * cols * first
+            norm_rows(rows, cols, x + place, weight, load_float(job + 104), out + place, scratch)
+        elif kind == ROTATE:
+            here = 4 * cols * (load_int(group) if group else 0)
+            rotate_heads(
+                first, rows, tokens, (count - tokens) // 2, cols, x, weight, gate_bias, out + here, stride + here, part,
+                scratch, up_bias, act, code,
+            )  # fmt: skip
+        elif kind == ATTEND:
+            attend_heads(
+                first, rows, tokens, cols, x, weight, stride, part, gate_bias + (load_int(group) if group else 0),
+                up_bias, act, out, scratch, code,
+            )  # fmt: skip
+        elif kind == ABOVE_ZERO:
+            store_int(stride, above_zero(cols, x, weight, out))
         else:
             gate_biases = gate_bias + 4 * first if gate_bias else gate_bias
             up_biases = up_bias + 4 * first if up_bias else up_bias
@@ -157,6 +181,24 @@ def _compute(pool: Any) -> None:
 
 
 @compiled
+def _one(pool: Any) -> None:
+    """The job in the pool's words, and what follows it by itself."""
+    _compute(pool)
+    job = pool + JOB
+    if load_int(job) == FFN or load_int(job) == FFN_LISTED:
+        chunks = (load_int(job + 24) + load_int(job + 80) - 1) // load_int(job + 80)
+        ones = load_int(job + 88)
+        for index in range(chunks):
+            store_float(ones + 4 * index, float32(1.0))
+        store_int(job, ADD_UP)
+        store_int(job + 24, load_int(job + 16) * load_int(job + 32))
+        store_int(job + 48, 4 * chunks)
+        store_int(job + 80, ADD_UP_CHUNK)
+        store_int(job + 128, chunks)
+        _compute(pool)
+
+
+@compiled
 def enter(pool: Any, worker: Any) -> None:
     """Compute the job in the pool's words (worker 0, one caller at a time), or be worker `worker` until the pool stops.
 
@@ -176,21 +218,31 @@ def enter(pool: Any, worker: Any) -> None:
     or 0.
     FFN_LISTED: the same, of one to three tokens and a plain format; weight is the address of `count` int64, each the
     address of a neuron's record, which may stand anywhere. Group is 1.
-    ADD_UP, which follows an FFN by itself: out[count floats] += `group` sums, one after the other.
+    ADD_UP, which follows an FFN by itself: out[count floats] += `group` sums at `stride`, one after the other; scratch:
+    as many ones.
+    NORM: out[row] = x[row] / rms(x[row]) * weight, of `cols` floats each; the bits of act are epsilon, a float32.
+    ROTATE, of one token: `count` heads of `cols` floats: `tokens` of x, turned where they stand, the rest in halves:
+    those at `weight`, turned on their way to out, and those at `gate bias`, to `stride`, both at position [group] (an
+    address; 0: none) of heads `part` bytes apart; `scratch` and `up bias` are the cosines and sines of `act`
+    dimensions, in neighbouring pairs where code is 1.
+    ATTEND, of one token: `count` heads of `cols` floats of x, `tokens` of them with one key at `weight` and values
+    at `stride`, `part` bytes apart, over `gate bias` + [group] positions, the last `up bias` where that is not 0; the
+    bits of act are the scale; scratch: `code` bytes a head handed out together.
+    ABOVE_ZERO: the places of `cols` floats of x that are above zero with the bias at `weight`, to int64 out, and their
+    number to [stride].
+    PROGRAM: `count` jobs, whose words stand at `weight`, one after the other.
     """
     if worker > 0:
         _serve(pool, worker)
         return
-    _compute(pool)
     job = pool + JOB
-    if load_int(job) == FFN or load_int(job) == FFN_LISTED:
-        chunks = (load_int(job + 24) + load_int(job + 80) - 1) // load_int(job + 80)
-        ones = load_int(job + 88)
-        for index in range(chunks):
-            store_float(ones + 4 * index, float32(1.0))
-        store_int(job, ADD_UP)
-        store_int(job + 24, load_int(job + 16) * load_int(job + 32))
-        store_int(job + 48, 4 * chunks)
-        store_int(job + 80, ADD_UP_CHUNK)
-        store_int(job + 128, chunks)
-        _compute(pool)
+    if load_int(job) != PROGRAM:
+        _one(pool)
+        return
+    place = load_int(job + 40)
+    stop = place + 8 * JOB_WORDS * load_int(job + 24)
+    while place < stop:
+        for word in range(JOB_WORDS):
+            store_int(job + 8 * word, load_int(place + 8 * word))
+        _one(pool)
+        place += 8 * JOB_WORDS

@@ -10,7 +10,7 @@ from ..checkpoint.base import FORMATS, PLAIN
 
 # Kinds of jobs, formats and activations, by number. Plain formats come first, then the blocks that bundles are made
 # of: for those two kinds there are products that take weights straight from memory.
-LINEAR, DEQUANTIZE, FFN, ADD_UP, FFN_LISTED, LINEAR_LISTED = range(6)
+LINEAR, DEQUANTIZE, FFN, ADD_UP, FFN_LISTED, LINEAR_LISTED, NORM, ROTATE, ATTEND, ABOVE_ZERO, PROGRAM = range(11)
 BLOCKS = tuple(fmt for fmt, (elements, _) in FORMATS.items() if elements > 1)
 DIRECT_BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q4_G64")
 CODES = {fmt: code for code, fmt in enumerate((*PLAIN, *DIRECT_BLOCKS, *(f for f in BLOCKS if f not in DIRECT_BLOCKS)))}

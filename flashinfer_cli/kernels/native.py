@@ -11,11 +11,8 @@ from ..checkpoint.base import FORMATS, PLAIN
 from . import jobs
 from .listed import Listed
 from .pool import Pool, usable_cores
+from .program import SCRATCH, Program, address, attend_words, linear_words, norm_words
 from .warm import compiled
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class NumbaKernels:
@@ -50,33 +47,14 @@ class NumbaKernels:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         tokens, cols = x.shape
-        rows, width = weight.shape
-        total = out.shape[1]
-        elements, size = FORMATS[fmt]
-        assert width * elements == cols * size, (x.shape, weight.shape, fmt)
-        assert start + rows <= total and out.shape[0] == tokens, (out.shape, start, rows)
-        assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
-        group = max(2, jobs.GROUP_BYTES // (4 * cols) & -2)
+        passes = max(1, min(-(-4 * cols * tokens // jobs.PASS_BYTES), tokens // jobs.MANY_TOKENS))
         space, shared = self._pool.take()
         try:
-            share = rows * width // (jobs.CHUNKS_A_THREAD * space.threads)
-            wanted = min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -4
-            # many tokens: enough rows at once that the activations are not fetched again for every few
-            chunk = max(2, wanted, group if tokens > 1 else 0)
-            own, passes = group * cols, 1
-            if tokens >= jobs.MANY_TOKENS:
-                passes = min(-(-4 * cols * tokens // jobs.PASS_BYTES), tokens // jobs.MANY_TOKENS)
-                group = jobs.BLOCK_ROWS
-                chunk = max(group, min(wanted, -(-rows // (4 * space.threads))) // group * group)
-                own = group * (jobs.BLOCK_COLS + jobs.PADDING // 4 + jobs.BLOCK_TOKENS * jobs.SUMS)
-            scratch = space.reserve(own * space.threads)
             for i in range(passes):
-                first, stop = i * tokens // passes, (i + 1) * tokens // passes
-                space.run(
-                    jobs.LINEAR, jobs.CODES[fmt], stop - first, rows, cols, weight.data_ptr(), width,
-                    x.data_ptr() + 4 * cols * first, out.data_ptr() + 4 * (start + total * first), 4 * total, chunk,
-                    scratch, 4 * own, 0, 0, 0, group, 0,
-                )  # fmt: skip
+                part = slice(i * tokens // passes, (i + 1) * tokens // passes)
+                words, own = linear_words(x[part], weight, fmt, out[part], start, space.threads)
+                words[SCRATCH] = space.reserve(own * space.threads)
+                space.run(*words)
         finally:
             self._pool.release(shared)
 
@@ -145,8 +123,45 @@ class NumbaKernels:
                 space.run(
                     kind, jobs.CODES[fmt], some, count, d, start, width, x.data_ptr() + 4 * d * first,
                     out.data_ptr() + 4 * d * first, scratch + 4 * own * space.threads, chunk, scratch, 4 * own,
-                    jobs.ACTS[act] + jobs.GATED * gated, _address(gate_bias), _address(up_bias), group, part,
+                    jobs.ACTS[act] + jobs.GATED * gated, address(gate_bias), address(up_bias), group, part,
                 )  # fmt: skip
+        finally:
+            self._pool.release(shared)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
+        space, shared = self._pool.take()
+        try:
+            words, own = norm_words(x, weight, eps, out)
+            words[SCRATCH] = space.reserve(own * space.threads)
+            space.run(*words)
+        finally:
+            self._pool.release(shared)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        space, shared = self._pool.take()
+        try:
+            words, own = attend_words(q, keys, values, scale, window, out, space.threads)
+            words[SCRATCH] = space.reserve(own * space.threads)
+            space.run(*words)
+        finally:
+            self._pool.release(shared)
+
+    def run(self, program: Program) -> None:
+        """All jobs of a program, with one call."""
+        if not program.count:
+            return
+        space, shared = self._pool.take()
+        try:
+            where, count = program.placed(space.reserve(program.scratch * space.threads))
+            space.run(jobs.PROGRAM, 0, 0, count, 0, where, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         finally:
             self._pool.release(shared)
 

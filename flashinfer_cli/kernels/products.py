@@ -51,13 +51,13 @@ def _activate(act: Any, v: Any) -> Any:
 
 
 @compiled
-def _tile(left: Any) -> Any:
+def tile_of(left: Any) -> Any:
     """Tokens to handle together, out of those left: 4 as 2 + 2."""
     return 2 if left == 4 else min(left, MOST_TOKENS)
 
 
 @compiled
-def _dots(
+def dots(
     code: Any, row: Any, pitch: Any, rows: Any, x: Any, tokens: Any, n: Any, out: Any, stride: Any, most: Any
 ) -> None:
     """out[t, r] = row[r] . x[t], `most` rows side by side; x is contiguous, out has `stride` bytes from token to token.
@@ -66,7 +66,7 @@ def _dots(
     """
     t = 0
     while t < tokens:
-        some = _tile(tokens - t)
+        some = tile_of(tokens - t)
         r = 0
         while r < rows:
             few = min(rows - r, most)
@@ -88,7 +88,7 @@ def _dots(
 def _wide_dots(
     code: Any, row: Any, pitch: Any, rows: Any, x: Any, tokens: Any, n: Any, out: Any, stride: Any, group: Any
 ) -> None:
-    """`_dots` of 16-bit rows and many tokens: a group of rows stays in the second-level cache while all tokens, a tile
+    """`dots` of 16-bit rows and many tokens: a group of rows stays in the second-level cache while all tokens, a tile
     after the other, go through it."""
     whole = rows // MOST_ROWS * MOST_ROWS
     for first in range(0, whole, group):
@@ -110,7 +110,7 @@ def _wide_dots(
                 )
             t += some
     if whole < rows:
-        _dots(code, row + whole * pitch, pitch, rows - whole, x, tokens, n, out + 4 * whole, stride, MOST_ROWS)
+        dots(code, row + whole * pitch, pitch, rows - whole, x, tokens, n, out + 4 * whole, stride, MOST_ROWS)
 
 
 @compiled
@@ -187,13 +187,13 @@ def linear(
     group: Any,
 ) -> None:
     if code < CONVERTED_FROM and tokens <= DIRECT_TOKENS:
-        _dots(code, weight, width, rows, x, tokens, cols, out, stride, 1 if code < BLOCKS_FROM else MOST_ROWS)
+        dots(code, weight, width, rows, x, tokens, cols, out, stride, 1 if code < BLOCKS_FROM else MOST_ROWS)
         return
     if tokens >= MANY_TOKENS:
         _blocked(code, rows, cols, weight, width, x, tokens, out, stride, scratch, group)
         return
     if code == F32:
-        _dots(code, weight, width, rows, x, tokens, cols, out, stride, MOST_ROWS)
+        dots(code, weight, width, rows, x, tokens, cols, out, stride, MOST_ROWS)
         return
     if WIDE_TOKENS > 0 and code < BLOCKS_FROM:
         _wide_dots(code, weight, width, rows, x, tokens, cols, out, stride, 2 * group // MOST_ROWS * MOST_ROWS)
@@ -201,7 +201,7 @@ def linear(
     for first in range(0, rows, group):
         some = min(group, rows - first)
         converted(code, weight + first * width, width, some, cols, scratch, 4 * cols)
-        _dots(F32, scratch, 4 * cols, some, x, tokens, cols, out + 4 * first, stride, MOST_ROWS)
+        dots(F32, scratch, 4 * cols, some, x, tokens, cols, out + 4 * first, stride, MOST_ROWS)
 
 
 @compiled
@@ -250,17 +250,17 @@ def neurons(
                 source, apart, kind = scratch, padded, F32
             row += part
             if role == 0:
-                _dots(kind, source, apart, some, x, tokens, d, gate, line, most)
+                dots(kind, source, apart, some, x, tokens, d, gate, line, most)
                 continue
             if role == 1:
-                _dots(kind, source, apart, some, x, tokens, d, up, line, most)
+                dots(kind, source, apart, some, x, tokens, d, up, line, most)
                 _activate_all(act, gate, up, tokens, some, line, gate_bias, up_bias, first)
                 continue
             step = DIRECT_NEURONS if direct and not plain and some == DIRECT_NEURONS else 1 if direct else some
             for r in range(0, some, step):
                 t = 0
                 while t < tokens:
-                    few = _tile(tokens - t)
+                    few = tile_of(tokens - t)
                     mix(
                         choose(kind, step if direct else min(some, 2), few),
                         source + r * apart,

@@ -110,6 +110,23 @@ class ReferenceKernels:
             down = (1 + gated) * part
             out += hidden @ to_float(records[tile, down : down + part].contiguous(), fmt)
 
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        out.copy_(y if weight is None else y * weight)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        low = max(0, keys.shape[1] - window) if window else 0
+        scores = torch.matmul(q.view(len(keys), -1, q.shape[1]), keys[:, low:].transpose(1, 2)).mul_(scale)
+        out.copy_(torch.matmul(scores.softmax(-1), values[:, low:]).view_as(q))
+
     def dequantize(self, weight: torch.Tensor, fmt: str, cols: int) -> torch.Tensor:
         assert weight.shape[1] == cols // FORMATS[fmt][0] * FORMATS[fmt][1], (weight.shape, fmt, cols)
         return to_float(weight, fmt).clone() if fmt == "F32" else to_float(weight, fmt)

@@ -32,6 +32,8 @@ _SOURCES = (
     "jobs.py",
     "tiles.py",
     "products.py",
+    "softmax.py",
+    "tokens.py",
     "cpu.py",
     "warm.py",
     "../checkpoint/base.py",

@@ -115,6 +115,11 @@ class Attention:
         """Are all of its weights in memory."""
         return self.out.is_here and all(projection.is_here for projection in self.projections)
 
+    @property
+    def is_plain(self) -> bool:
+        """Are scores nothing but products."""
+        return self.softcap is None and self.sinks is None
+
     def __call__(
         self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -168,6 +173,10 @@ class Attention:
             cos, sin = self.rope.cos_sin(here, rope_length)
             q = self.rope.apply(q, cos[-len(q) :], sin[-len(q) :])
             keys = self.rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
+        elif rt.mode.decoding and self.is_plain and keys.device.type == "cpu":
+            mixed = torch.empty_like(q[0])
+            rt.kernels.attend(q[0], keys, values, self.scale, self.window, mixed)
+            return mixed.view(1, -1)
         long = rt.mode.decoding and 2 * keys.numel() > LONG
         if long:
             rt.share_cores(little=False)

@@ -123,30 +123,40 @@ class SparseFfn:
             return dense(x, rt, self._warm(x, rt))
         out = torch.zeros_like(x)
         for row in range(len(x)):
-            one, into = x[row : row + 1], out[row : row + 1]
+            one = x[row : row + 1]
             with rt.recorder.computing():
                 ids = self.demand(one)
-            if rt.mode.here:
-                arriving = self.cache.here(self.layer, ids)
-            else:
-                rt.recorder.neurons(self.layer, len(ids), self.count)
-                arriving = iter(self.cache.fetch(self.layer, ids))
-                if (
-                    self.behind is not None
-                    and isinstance(self.cache, NeuronCache)
-                    and len(x) == 1
-                    and self.cache.guesses
-                ):
-                    with rt.recorder.computing():
-                        guessed = self.behind(one)
-                    self.cache.guess(self.behind.layer, guessed)
-            for block, records in arriving:
+            self._add(one, ids, out[row : row + 1], rt, alone=len(x) == 1)
+        return out if dense.down_bias is None else out.add_(dense.down_bias)
+
+    def of_named(self, x: torch.Tensor, ids: np.ndarray, rt: Runtime) -> torch.Tensor:
+        """While decoding, x [1, d] through neurons `ids`, which `demand` names for it -> [1, d]."""
+        if isinstance(self.cache, NeuronCache) and self.cache.have(True):
+            rt.feed.rest()
+        out = torch.zeros_like(x)
+        self._add(x, ids, out, rt, alone=True)
+        return out if self.dense.down_bias is None else out.add_(self.dense.down_bias)
+
+    def _add(self, one: torch.Tensor, ids: np.ndarray, into: torch.Tensor, rt: Runtime, alone: bool) -> None:
+        """into += what neurons `ids` contribute to one token."""
+        dense = self.dense
+        if rt.mode.here:
+            arriving = self.cache.here(self.layer, ids)
+        else:
+            rt.recorder.neurons(self.layer, len(ids), self.count)
+            arriving = iter(self.cache.fetch(self.layer, ids))
+            if self.behind is not None and isinstance(self.cache, NeuronCache) and alone and self.cache.guesses:
                 with rt.recorder.computing():
-                    where = torch.from_numpy(block).to(x.device)
+                    guessed = self.behind(one)
+                self.cache.guess(self.behind.layer, guessed)
+        for block, records in arriving:
+            with rt.recorder.computing():
+                bias: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+                if dense.gate_bias is not None or dense.up_bias is not None:
+                    where = torch.from_numpy(block).to(one.device)
                     gate_bias = None if dense.gate_bias is None else dense.gate_bias[where]
                     bias = gate_bias, None if dense.up_bias is None else dense.up_bias[where]
-                    rt.kernels.ffn_records(one, records, dense.format, dense.gated, dense.act, bias, into)
-        return out if dense.down_bias is None else out.add_(dense.down_bias)
+                rt.kernels.ffn_records(one, records, dense.format, dense.gated, dense.act, bias, into)
 
     def _warm(self, x: torch.Tensor, rt: Runtime) -> Callable[[int, torch.Tensor], None] | None:
         """Tell the cache what the prompt's last tokens need; what takes the records that pass by."""

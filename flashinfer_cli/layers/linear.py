@@ -93,9 +93,9 @@ class Linear:
         """Is all of it in memory."""
         return all(part.slice.home is not None for part in self.parts)
 
-    def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
-        """x float32 [T, cols] -> float32 [T, rows]."""
-        out = x.new_empty(x.shape[0], self.rows)
+    def __call__(self, x: torch.Tensor, rt: Runtime, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x float32 [T, cols] -> float32 [T, rows], in `out` where that is given."""
+        out = x.new_empty(x.shape[0], self.rows) if out is None else out
         for part in self.parts:
             with rt.feed.use(part.slice) as data, rt.recorder.computing():
                 rt.kernels.linear(x, data.view(part.rows, -1), self.format, out, part.start)

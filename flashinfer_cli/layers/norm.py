@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..kernels import Kernels
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -16,9 +18,12 @@ class Norm:
     weight: torch.Tensor | None  # float32 [d]
     bias: torch.Tensor | None
     eps: float
+    kernels: Kernels
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "layer":
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return y if self.weight is None else y * self.weight
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self.kernels.norm(x, self.weight, self.eps, out)
+        return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ..config import NEURON_BLOCK, MlaConfig, ModelConfig, RunConfig
 from ..device import Device
 from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
-from ..layers.demand import Demand
+from ..layers.demand import Demand, LowRankPredictor
 from ..layers.embedding import Embedding
 from ..layers.ffn import DenseFfn, NextLayer, RecordFfn, SparseFfn
 from ..layers.latent import LatentAttention
@@ -24,6 +25,7 @@ from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
 from ..layers.moe import MoeFfn, rescale
 from ..layers.norm import Norm
+from ..layers.one_token import Bench, OneToken, fits
 from ..layers.recurrent import Lstm
 from ..layers.rope import Rope
 from ..plan import MemoryPlan
@@ -50,6 +52,7 @@ class Builder:
         self.neurons: NeuronCache | Pinned | None = None
         self._ropes: dict[object, Rope] = {}
         self._kv_b = torch.empty(0)
+        self._bench = Bench()
         self._always = self._read_always()
 
     # ---- what always stays
@@ -80,7 +83,7 @@ class Builder:
             return None
         if self.config.norm_offset:
             weight = weight + self.config.norm_offset
-        return Norm(kind or self.config.norm, weight, bias, self.config.norm_eps)
+        return Norm(kind or self.config.norm, weight, bias, self.config.norm_eps, self.rt.kernels)
 
     def _linear(self, layer: int, role: str, matrix: MatrixLayout) -> Linear:
         return Linear(matrix.parts, matrix.format, matrix.rows, matrix.cols, self._get(layer, f"{role}.bias"))
@@ -246,7 +249,7 @@ class Builder:
     def _block(self, index: int, layer: LayerLayout) -> Block:
         attn_norm = self._norm(index, "attn_norm")
         assert attn_norm is not None
-        return Block(
+        block = Block(
             attention=self._attention(index, layer),
             ffn=self._ffn(index, layer),
             attn_norm=attn_norm,
@@ -258,6 +261,19 @@ class Builder:
             depth=self._depth(index),
             slices=tuple(layer.slices) if layer.on_demand else (),
         )
+        return replace(block, one=self._one(block))
+
+    def _one(self, block: Block) -> OneToken | None:
+        """The block's attention for one token, where that can be written down."""
+        attention, norms = block.attention, (block.attn_norm, block.attn_post_norm, block.ffn_norm)
+        if block.parallel or not block.norm_first or block.depth is not None or block.ffn is None:
+            return None
+        if not fits(attention, norms, self.rt):
+            return None
+        assert isinstance(attention, Attention) and block.ffn_norm is not None
+        demand = block.ffn.demand if isinstance(block.ffn, SparseFfn) else None
+        predictor = demand if isinstance(demand, LowRankPredictor) else None
+        return OneToken(attention, block.attn_norm, block.attn_post_norm, block.ffn_norm, predictor, self._bench)
 
     def build(
         self,

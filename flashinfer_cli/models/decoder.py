@@ -20,6 +20,7 @@ from ..layers.linear import Linear, Runtime
 from ..layers.mod import TokenRouter
 from ..layers.moe import FirstGuess, MoeFfn
 from ..layers.norm import Norm
+from ..layers.one_token import OneToken
 from ..layers.recurrent import Lstm
 
 
@@ -37,11 +38,14 @@ class Block:
     norm_first: bool
     depth: TokenRouter | None = None  # who may skip the block; None: nobody
     slices: tuple[Slice, ...] = ()  # of a block that may be skipped, in the order of use
+    one: OneToken | None = None  # the same for one token with fewer calls, where it can be written down so
 
     def __call__(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime) -> torch.Tensor:
         """x float32 [T, d] -> [T, d]."""
         if rt.mode.here and not self.attention.is_here:
             return x  # without attention a layer's FFN sees what it never saw
+        if self.one is not None and rt.mode.decoding and len(x) == 1 and not rt.mode.here:
+            return self._one(x, kv, rope_length, rt, self.one)
         if self.depth is not None:
             return self._some(x, kv, rope_length, rt, self.depth)
         if self.ffn is None:
@@ -59,6 +63,16 @@ class Block:
         assert self.ffn_norm is not None
         f = self.ffn(self.ffn_norm(x), rt)
         return x + (f if self.ffn_post_norm is None else self.ffn_post_norm(f))
+
+    def _one(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, one: OneToken) -> torch.Tensor:
+        """x [1, d] -> the same, in a place that is used again."""
+        assert self.ffn is not None
+        x, h = one(x, kv, rope_length, rt)
+        if isinstance(self.ffn, SparseFfn) and self.ffn.demand is one.predictor:
+            f = self.ffn.of_named(h, one.named, rt)
+        else:
+            f = self.ffn(h, rt)
+        return x.add_(f if self.ffn_post_norm is None else self.ffn_post_norm(f))
 
     def _some(self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime, depth: TokenRouter) -> torch.Tensor:
         """x' = r f(x) + x for the tokens that the router keeps (2404.02258), x itself for the others.

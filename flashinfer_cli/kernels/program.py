@@ -1,0 +1,192 @@
+"""Jobs of compiled kernels as words, and programs: jobs on places that do not move, computed with one call.
+
+A call of a kernel costs its caller some ten microseconds of Python: sixty layers of eight calls cost more than a small
+layer's weights take to read. What a token does between two things that only Python can decide is written down once and
+run with one call; the same jobs called one by one are the plain twin, bit for bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..checkpoint.base import FORMATS
+from . import jobs
+
+SCRATCH = 11  # the place of the scratch's address among a job's words
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bits(value: float) -> int:
+    """Of a float32, as a word."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+def linear_words(
+    x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int, threads: int
+) -> tuple[list[int], int]:
+    """The job of `Kernels.linear`, its scratch left open, and the floats of scratch that a thread needs."""
+    tokens, cols = x.shape
+    rows, width = weight.shape
+    total = out.shape[1]
+    elements, size = FORMATS[fmt]
+    assert width * elements == cols * size, (x.shape, weight.shape, fmt)
+    assert start + rows <= total and out.shape[0] == tokens, (out.shape, start, rows)
+    assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
+    group = max(2, jobs.GROUP_BYTES // (4 * cols) & -2)
+    share = rows * width // (jobs.CHUNKS_A_THREAD * threads)
+    wanted = min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -4
+    # many tokens: enough rows at once that the activations are not fetched again for every few
+    chunk = max(2, wanted, group if tokens > 1 else 0)
+    own = group * cols
+    if tokens >= jobs.MANY_TOKENS:
+        group = jobs.BLOCK_ROWS
+        chunk = max(group, min(wanted, -(-rows // (4 * threads))) // group * group)
+        own = group * (jobs.BLOCK_COLS + jobs.PADDING // 4 + jobs.BLOCK_TOKENS * jobs.SUMS)
+    words = [
+        jobs.LINEAR, jobs.CODES[fmt], tokens, rows, cols, weight.data_ptr(), width, x.data_ptr(),
+        out.data_ptr() + 4 * start, 4 * total, chunk, 0, 4 * own, 0, 0, 0, group, 0,
+    ]  # fmt: skip
+    return words, own
+
+
+def norm_words(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> tuple[list[int], int]:
+    """The job of `Kernels.norm`."""
+    d = x.shape[-1]
+    rows = x.numel() // d
+    assert x.is_contiguous() and out.is_contiguous() and out.shape == x.shape
+    assert weight is None or (weight.shape == (d,) and weight.is_contiguous())
+    chunk = max(1, jobs.CHUNK_BYTES // (8 * d))
+    words = [
+        jobs.NORM, 0, 0, rows, d, address(weight), 0, x.data_ptr(), out.data_ptr(), 0, chunk, 0, 64, _bits(eps), 0, 0,
+        0, 0,
+    ]  # fmt: skip
+    return words, 16
+
+
+def attend_words(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+    threads: int,
+    held: np.ndarray | None = None,
+) -> tuple[list[int], int]:
+    """The job of `Kernels.attend`. With `held`, int64 [1], over so many positions and one, of `keys` as a whole."""
+    heads, hd = q.shape
+    kv_heads, length, _ = keys.shape
+    assert q.is_contiguous() and out.is_contiguous() and out.shape == q.shape and heads % kv_heads == 0
+    assert keys.stride() == values.stride() == (keys.stride(0), hd, 1) and keys.dtype == values.dtype == torch.float32
+    chunk, line = -(-heads // threads), 4 * (-(-length // 16) * 16 + 16)
+    words = [
+        jobs.ATTEND, line, heads // kv_heads, heads, hd, keys.data_ptr(), 0, q.data_ptr(), out.data_ptr(),
+        values.data_ptr(), chunk, 0, chunk * line, _bits(scale), length if held is None else 1, window or 0,
+        0 if held is None else held.ctypes.data, 4 * keys.stride(0),
+    ]  # fmt: skip
+    return words, chunk * line // 4
+
+
+class Program:
+    """Jobs in their order, for `threads` threads; run by `NumbaKernels.run`. What they point at must stay where it is,
+    and is kept alive here."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.scratch = 0  # floats a thread
+        self._jobs: list[Sequence[int]] = []
+        self._open: list[int] = []  # jobs whose scratch is yet to be placed
+        self._kept: list[object] = []
+        self._words = np.empty(0, np.int64)
+        self._at = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._jobs)
+
+    def _add(self, words: list[int], own: int, *kept: object) -> None:
+        if own:
+            self._open.append(len(self._jobs))
+            self.scratch = max(self.scratch, own)
+        self._jobs.append(words)
+        self._kept += kept
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
+        self._add(*linear_words(x, weight, fmt, out, start, self.threads), x, weight, out)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
+        self._add(*norm_words(x, weight, eps, out), x, weight, out)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+        held: np.ndarray,
+    ) -> None:
+        """Over held[0] + 1 positions of keys and values, as they are when it runs."""
+        self._add(*attend_words(q, keys, values, scale, window, out, self.threads, held), q, keys, values, out, held)
+
+    def rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        turn: tuple[torch.Tensor, torch.Tensor] | None,
+        interleaved: bool,
+        held: np.ndarray,
+    ) -> None:
+        """q [heads, hd] is turned where it stands, k [kv_heads, hd] on its way to position held[0] of keys, to which of
+        values v goes; `turn`: cosines and sines, float32 [turned / 2]; None: all stay as they are."""
+        heads, hd = q.shape
+        cos, sin = turn or (None, None)
+        count, turned = heads + 2 * len(k), 0 if cos is None else 2 * cos.numel()
+        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and keys.stride() == values.stride()
+        words = [
+            jobs.ROTATE, int(interleaved), heads, count, hd, k.data_ptr(), 0, q.data_ptr(), keys.data_ptr(),
+            values.data_ptr(), -(-count // self.threads), address(cos), 0, turned, v.data_ptr(), address(sin),
+            held.ctypes.data, 4 * keys.stride(0),
+        ]  # fmt: skip
+        self._add(words, 0, q, k, v, keys, values, cos, sin, held)
+
+    def add(self, x: torch.Tensor, more: torch.Tensor) -> None:
+        """x += more, of one shape."""
+        assert x.is_contiguous() and more.is_contiguous() and x.numel() == more.numel()
+        ones, count = torch.ones(1), x.numel()
+        words = [
+            jobs.ADD_UP, 0, 0, count, 0, 0, 0, 0, x.data_ptr(), more.data_ptr(), count, ones.data_ptr(), 0, 0, 0, 0, 1,
+            0,
+        ]  # fmt: skip
+        self._add(words, 0, x, more, ones)
+
+    def above_zero(self, scores: torch.Tensor, bias: torch.Tensor, ids: np.ndarray, found: np.ndarray) -> None:
+        """Where scores + bias are above zero, ascending, to ids, int64 [n + 1]; how many, to found[0]."""
+        n = scores.numel()
+        assert scores.is_contiguous() and bias.numel() == n and len(ids) > n and ids.dtype == found.dtype == np.int64
+        words = [
+            jobs.ABOVE_ZERO, 0, 0, 1, n, bias.data_ptr(), 0, scores.data_ptr(), ids.ctypes.data, found.ctypes.data, 1,
+            0, 0, 0, 0, 0, 0, 0,
+        ]  # fmt: skip
+        self._add(words, 0, scores, bias, ids, found)
+
+    def placed(self, scratch: int) -> tuple[int, int]:
+        """The address of the jobs with their scratch at `scratch`, and their number."""
+        if len(self._words) != len(self._jobs):
+            self._words = np.array(self._jobs, np.int64)
+            self._at = -1
+        if scratch != self._at:
+            self._words[self._open, SCRATCH] = scratch
+            self._at = scratch
+        return self._words.ctypes.data, len(self._words)

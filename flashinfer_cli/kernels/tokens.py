@@ -1,0 +1,142 @@
+"""What one token needs beside products, compiled: norms, rotated heads, attention over the cache, ids above zero.
+
+Each of these is little work, which torch does in several operators of some microseconds and one thread each; sixty
+layers' worth of them take longer than reading the layers' weights. Sums have one order, as in `dots`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import float32
+
+from .dots import MOST_ROWS, mix
+from .memory import load_float, store_float, store_int
+from .products import F32, choose, compiled, dots, tile_of
+from .softmax import exponentials
+
+NONE = float32(-math.inf)
+
+
+@compiled
+def norm_rows(rows: Any, n: Any, x: Any, weight: Any, eps: Any, out: Any, scratch: Any) -> None:
+    """out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, weight an address or 0; scratch: one float."""
+    for r in range(rows):
+        source, target = x + 4 * n * r, out + 4 * n * r
+        dots(F32, source, 4 * n, 1, source, 1, n, scratch, 4, 1)
+        inverse = float32(1.0) / math.sqrt(load_float(scratch) / float32(n) + eps)
+        if weight:
+            for i in range(n):
+                store_float(target + 4 * i, load_float(source + 4 * i) * inverse * load_float(weight + 4 * i))
+        else:
+            for i in range(n):
+                store_float(target + 4 * i, load_float(source + 4 * i) * inverse)
+
+
+@compiled
+def rotate_heads(
+    first: Any,
+    rows: Any,
+    heads: Any,
+    kv_heads: Any,
+    hd: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    keys: Any,
+    values: Any,
+    head_bytes: Any,
+    cos: Any,
+    sin: Any,
+    turned: Any,
+    interleaved: Any,
+) -> None:
+    """Of the heads of q, k and v, one after the other: q's are turned where they stand, k's on their way to `keys`, v's
+    go to `values` as they are. The first `turned` of hd dimensions turn (`layers.rope`); the caches' heads stand
+    head_bytes apart."""
+    half = turned // 2
+    for head in range(first, first + rows):
+        if head < heads:
+            source = q + 4 * hd * head
+            target, turn = source, half
+        elif head < heads + kv_heads:
+            source = k + 4 * hd * (head - heads)
+            target, turn = keys + head_bytes * (head - heads), half
+        else:
+            source = v + 4 * hd * (head - heads - kv_heads)
+            target, turn = values + head_bytes * (head - heads - kv_heads), 0
+        for j in range(turn):
+            one = 8 * j if interleaved else 4 * j
+            other = one + 4 if interleaved else 4 * (j + half)
+            a, b = load_float(source + one), load_float(source + other)
+            c, s = load_float(cos + 4 * j), load_float(sin + 4 * j)
+            store_float(target + one, a * c - b * s)
+            store_float(target + other, b * c + a * s)
+        if target != source:
+            for j in range(2 * turn, hd):
+                store_float(target + 4 * j, load_float(source + 4 * j))
+
+
+@compiled
+def attend_heads(
+    first: Any,
+    rows: Any,
+    group: Any,
+    hd: Any,
+    q: Any,
+    keys: Any,
+    values: Any,
+    head_bytes: Any,
+    length: Any,
+    window: Any,
+    scale: Any,
+    out: Any,
+    scratch: Any,
+    line: Any,
+) -> None:
+    """out[h] = softmax(scale q[h] . keys) values over `length` places, the last `window` of them where that is not 0.
+
+    Heads [first, first + rows) of q and out, float32 [.., hd]; `group` of them share a head of keys and values, which
+    stand head_bytes apart. scratch: `line` bytes a head, for 16 floats more than positions.
+    """
+    low = max(0, length - window) if window else 0
+    count = length - low
+    padded = (count + 15) // 16 * 16
+    done = 0
+    while done < rows:
+        head = first + done
+        shared = head // group
+        some = min(rows - done, (shared + 1) * group - head)
+        place = shared * head_bytes + 4 * hd * low
+        dots(F32, keys + place, 4 * hd, count, q + 4 * hd * head, some, hd, scratch, line, MOST_ROWS)
+        for t in range(some):
+            scores, into = scratch + line * t, out + 4 * hd * (head + t)
+            for i in range(count, padded):
+                store_float(scores + 4 * i, NONE)
+            exponentials(0, scores, padded, scale, scores + 4 * padded)
+            for i in range(hd):
+                store_float(into + 4 * i, float32(0.0))
+        t = 0
+        while t < some:
+            few = tile_of(some - t)
+            into = out + 4 * hd * (head + t)
+            mix(choose(F32, 2, few), values + place, 4 * hd, count, hd, scratch + line * t, line, into, 4 * hd)
+            for one in range(few):
+                inverse = float32(1.0) / load_float(scratch + line * (t + one) + 4 * padded)
+                for i in range(hd):
+                    at = into + 4 * (hd * one + i)
+                    store_float(at, load_float(at) * inverse)
+            t += few
+        done += some
+
+
+@compiled
+def above_zero(n: Any, scores: Any, bias: Any, ids: Any) -> Any:
+    """The places of n scores that are above zero with their bias, ascending, to ids, int64 [n + 1]; their number."""
+    found = 0
+    for i in range(n):
+        store_int(ids + 8 * found, i)
+        if load_float(scores + 4 * i) + load_float(bias + 4 * i) > float32(0.0):
+            found += 1
+    return found
