@@ -38,6 +38,7 @@ LAYERS = (
     ("models",),
     ("decoding",),
     ("engine",),
+    ("loading",),
     ("training",),
     ("apps",),
     ("cli",),
