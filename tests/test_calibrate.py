@@ -15,6 +15,7 @@ import flashinfer_cli as fc
 from flashinfer_cli import zoo
 from flashinfer_cli.apps import calibrate as app
 from flashinfer_cli.apps import gated
+from flashinfer_cli.apps import ways as tried
 from flashinfer_cli.bundles.sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
@@ -81,10 +82,10 @@ def test_a_killed_run_goes_on_and_ends_alike(calibrated, copy, monkeypatch):
         assert engine.exactness == "sparse"
     fitted.clear()
     with pytest.raises(KeyboardInterrupt):
-        app.calibrate(copy, TEXT, RunConfig(), **OPTIONS, progress=stop_at(2))
+        app.calibrate(copy, TEXT, RunConfig(), **OPTIONS, progress=stop_at(1))
     with pytest.raises(KeyboardInterrupt):  # another text: nothing of the run before serves
-        app.calibrate(copy, "cat " + TEXT, RunConfig(), **OPTIONS, progress=stop_at(2))
-    assert fitted == [0, 1, 0, 1]
+        app.calibrate(copy, "cat " + TEXT, RunConfig(), **OPTIONS, progress=stop_at(1))
+    assert fitted == [0, 0]
 
 
 def test_a_kill_while_it_is_measured_leaves_no_made_up_quality(copy):
@@ -164,7 +165,8 @@ def test_silu_is_refused(tmp_path):
 
 def test_the_study_of_a_gated_model(tmp_path, monkeypatch):
     """Matrices or records, the same figures; dense is what the engine says; what must hold of any model holds."""
-    monkeypatch.setattr(gated, "LOW_RANK", 1)
+    monkeypatch.setattr(tried, "LOW_RANK", 1)
+    monkeypatch.setattr(gated, "DENSITIES", (0.9, 0.7, 0.5))
     out = make(tmp_path, "silu")
     found, other = (
         gated.study(path, TEXT, RunConfig(), tokens=600, test_tokens=100) for path in (out, out.parent / "m")
