@@ -122,7 +122,7 @@ class RunOptions:
         bool,
         _memory(
             "--prefetch-neurons",
-            "Read ahead which neurons the next layer will need, as guessed from this layer's input.",
+            "Read the neurons that a layer will most surely need while its attention computes.",
         ),
     ] = RunConfig.prefetch_neurons
     expert_policy: Annotated[

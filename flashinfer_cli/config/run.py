@@ -16,6 +16,7 @@ SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain
 MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
 NEURON_BLOCK = 256  # active neurons computed at once, while those of the next blocks are read
 FEW_TOKENS = 32  # of a pass that leaves to neurons the memory that a prompt's pass would take
+NEURON_GUESSES = 96  # neurons of a layer read before attention has said which: those of the highest scores
 NEURON_STAGES = 4  # such blocks on their way at once
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
@@ -39,7 +40,7 @@ class RunConfig:
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
-    prefetch_neurons: bool = False  # read what the next layer's predictor says of this layer's input ahead of need
+    prefetch_neurons: bool = False  # read the surest of what a layer's predictor says of its input before attention
     # Which experts stay; auto: foresight where a bundle is calibrated for it, else lfu.
     expert_policy: Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "auto"
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
