@@ -211,9 +211,14 @@ class RunOptions:
         ),
     ] = str(RunConfig.prefetch_experts)
     lookahead: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--lookahead", min=1, max=2, metavar="N", rich_help_panel=MEMORY, help="Layers ahead to guess experts."
+            "--lookahead",
+            min=1,
+            max=2,
+            metavar="N",
+            rich_help_panel=MEMORY,
+            help="Layers ahead to guess experts: 2 where memory takes many of them, else 1.",
         ),
     ] = RunConfig.lookahead
     cache_bias: Annotated[
