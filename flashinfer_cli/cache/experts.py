@@ -254,7 +254,8 @@ class Arrivals:
             if self.present:
                 yield [(e, cache._pieces(layer, e, cache._slot[layer, e])) for e in self.present]
                 while self.present:
-                    self._leave(self.present.popleft())
+                    self._give_back(self.present.popleft())
+                self._issue()
             while self.pending:
                 if not any(ticket.ready for _, _, ticket in self.pending):
                     with cache.recorder.waiting():
@@ -268,7 +269,8 @@ class Arrivals:
                     self.pending.remove(one)
                     cache._slot[layer, one[0]] = one[1]
                 for one in come:
-                    self._leave(one[0])
+                    self._give_back(one[0])
+                self._issue()
         finally:
             self.abandon()
 
@@ -297,10 +299,13 @@ class Arrivals:
             self.abandon()
 
     def _leave(self, expert: int) -> None:
-        """An expert is computed: its slot is free unless it stays."""
+        """An expert is computed: its slot takes the next read, unless it stays."""
+        self._give_back(expert)
+        self._issue()
+
+    def _give_back(self, expert: int) -> None:
         if not self.cache.stays(self.layer, expert):
             self.cache._free.append(self.cache._slot.pop((self.layer, expert)))
-        self._issue()
 
     def abandon(self) -> None:
         """Only after an error, or when left early: what has arrived stays if it was to stay, the rest is forgotten."""
