@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flashinfer_cli.apps.calibrate import _gate, watched
+from flashinfer_cli.apps.calibrate import gate_rows
+from flashinfer_cli.apps.layerwise import layer_by_layer
 from flashinfer_cli.bundles.sparsity import read_sparsity
-from flashinfer_cli.cache.kv import KVCache
 from flashinfer_cli.cache.window import deal, make_policy
 from flashinfer_cli.cli.console import Console
 from flashinfer_cli.cli.tables import Table
@@ -28,6 +28,7 @@ from flashinfer_cli.engine import Engine
 from flashinfer_cli.kernels.activations import ACTIVATIONS
 from flashinfer_cli.layers.demand import LowRankPredictor
 from flashinfer_cli.layers.ffn import RecordFfn
+from flashinfer_cli.models.decoder import Block
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.models.predictors import load_predictors
 
@@ -43,24 +44,19 @@ def layers_of(bundle: Path, ids: list[int], memory: str | None) -> Iterator[tupl
     """(layer, what fires, what is predicted), the latter two bool [tokens, d_ff], of one sequence."""
     run = RunConfig(memory=memory, exact=True, stream="always", context=len(ids), prefill_chunk=len(ids))
     with Engine(open_model(bundle), run) as engine, torch.inference_mode():
-        decoder, rt, config = engine.decoder, engine.decoder.rt, engine.config
-        kv = KVCache(config, len(ids), engine.device.name)
-        x = decoder.embedding(torch.tensor(ids), rt) * config.embedding_scale
-        if decoder.positions is not None:
-            x = x + decoder.positions[config.position_offset : config.position_offset + len(ids)]
-        inputs = torch.empty(len(ids), config.hidden_size)
-        for index, block in enumerate(decoder.blocks):
-            with rt.feed.hold(decoder.slices_of(index)):
-                kv.trim(0)
-                x = watched(block, inputs)(x, kv, len(ids), rt)
-                if not isinstance(block.ffn, RecordFfn):
-                    continue
-                gate, bias = _gate(block.ffn, engine)
+
+        def gate_of(index: int, block: Block) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+            return gate_rows(block.ffn, engine) if isinstance(block.ffn, RecordFfn) else None
+
+        for index, _, inputs, rows in layer_by_layer(engine, [ids], gate_of, None):
+            if rows is None:
+                continue
+            gate, bias = rows
             z = inputs @ gate.T if bias is None else inputs @ gate.T + bias
             predictor = load_predictors(bundle, [index], engine.kernels, engine.device)[index]
             assert isinstance(predictor, LowRankPredictor)
             named = predictor.scores(inputs) > 0
-            yield index, (ACTIVATIONS[config.hidden_act](z) != 0).numpy(), named.numpy()
+            yield index, (ACTIVATIONS[engine.config.hidden_act](z) != 0).numpy(), named.numpy()
 
 
 def window(asked: np.ndarray, k: int) -> tuple[int, int]:

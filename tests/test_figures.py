@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import flashinfer_cli as fc
 from flashinfer_cli import zoo
+from flashinfer_cli.apps.calibrate import calibrate
+from flashinfer_cli.config import RunConfig
 from flashinfer_cli.training.data import END
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +77,25 @@ def test_kept_rows_are_found_by_all_that_is_said(tmp_path):
     kept = Kept(path)
     assert kept.find(way="a", seed=1) == {"way": "a", "seed": 1, "nats": 2.5}
     assert kept.find(way="a", seed=2) is None and kept.find(way="a", steps=3) is None
+
+
+def test_windows_by_hand(tmp_path: Path) -> None:
+    """Two neurons that fire in turns and one that always does; on a model what fires is what its own gate says."""
+    from benchmarks import flash_window
+
+    asked = np.zeros((flash_window.SETTLE + 4, 3), bool)
+    asked[0::2, 0] = asked[1::2, 1] = asked[:, 2] = True
+    assert flash_window.window(asked, 1) == (4, 8)  # of each token one is new, and two were there
+    assert flash_window.window(asked, 2) == (0, 12)
+    assert flash_window.recent({0: asked}, 3) == 0 < flash_window.recent({0: asked}, 2)
+    bundle, stories = fc.bundle(zoo.path_of("stories-relu"), tmp_path / "b"), zoo.HELD_OUT.read_text(encoding="utf-8")
+    calibrate(bundle, stories[:12_000], RunConfig(), tokens=1000, evaluate_tokens=100)
+    with fc.load(bundle, context=64) as engine:
+        ids = engine.tokenizer.encode(stories[20_000:21_000])[:40]
+    found = list(flash_window.layers_of(bundle, ids, None))
+    assert [layer for layer, _, _ in found] == [0, 1, 2, 3, 4]
+    assert all(fired.shape == named.shape == (40, 704) for _, fired, named in found)
+    active, hits = (
+        sum(int(each.sum()) for each in sets) for sets in zip(*((f, f & n) for _, f, n in found), strict=True)
+    )
+    assert 0.03 < active / (40 * 5 * 704) < 0.15 and hits > 0.9 * active

@@ -185,7 +185,7 @@ def _layers(
         ]
 
         def gate_of(index: int, block: Block) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-            return _gate(block.ffn, engine) if isinstance(block.ffn, RecordFfn) and index in left else None
+            return gate_rows(block.ffn, engine) if isinstance(block.ffn, RecordFfn) and index in left else None
 
         for index, block, inputs, gate in layer_by_layer(engine, parts, gate_of, progress) if left else ():
             if gate is None or not isinstance(block.ffn, RecordFfn):
@@ -220,7 +220,7 @@ def _cut(ids: list[int]) -> list[list[int]]:
     return parts
 
 
-def _gate(ffn: RecordFfn, engine: Engine) -> tuple[torch.Tensor, torch.Tensor | None]:
+def gate_rows(ffn: RecordFfn, engine: Engine) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows whose product with x says whether a neuron fires, float32 [d_ff, d], and their bias."""
     d, count = engine.config.hidden_size, sum(part.rows for part in ffn.parts)
     width = format_bytes(ffn.format, d)

@@ -92,6 +92,7 @@ class OneToken:
     ffn_norm: Norm
     predictor: LowRankPredictor | None
     bench: Bench
+    expect: Callable[[torch.Tensor], None] | None = None  # told the predictor's scores without what attention adds
     _steps: list[Program | Callable[[Runtime], object]] = field(default_factory=list)
     _kv: Callable[[], KVCache | None] = lambda: None  # the cache of keys and values,
     _changes: int = -1  # and the state of what is pinned, that the steps are for
@@ -131,6 +132,9 @@ class OneToken:
         hd, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
         keys, values = kv.keys[attention.layer], kv.values[attention.layer]
         h, out = bench.row("h", d), bench.row("out", d)
+        if self.expect is not None:
+            self._predict(x, h, rt)
+            self._steps.append(self._tell)
         self._norm(self.attn_norm, x, h, rt)
         widths = heads * hd, kv_heads * hd, kv_heads * hd
         joint = bench.row("qkv", sum(widths))
@@ -151,14 +155,28 @@ class OneToken:
         if self.attn_post_norm is not None:
             self._norm(self.attn_post_norm, out, out, rt)
         self._program(rt).add(x, out)
+        self._predict(x, h, rt)
+        if self.predictor is not None:
+            scores, count = self._scores, len(self.predictor.bias)
+            self._program(rt).above_zero(scores, self.predictor.bias, bench.ids(count), bench.found)
+
+    @property
+    def _scores(self) -> torch.Tensor:
+        assert self.predictor is not None
+        return self.bench.row("scores", len(self.predictor.bias))
+
+    def _predict(self, x: torch.Tensor, h: torch.Tensor, rt: Runtime) -> None:
+        """h is the FFN's input from x; scores what its predictor says of it, but for the bias."""
         self._norm(self.ffn_norm, x, h, rt)
         if self.predictor is not None:
-            a, b = self.predictor.a, self.predictor.b
-            low, scores = bench.row("low", len(a.rows)), bench.row("scores", len(b.rows))
-            program = self._program(rt)
+            a, b, program = self.predictor.a, self.predictor.b, self._program(rt)
+            low = self.bench.row("low", len(a.rows))
             program.linear(h, a.rows, a.format, low, 0)
-            program.linear(low, b.rows, b.format, scores, 0)
-            program.above_zero(scores, self.predictor.bias, bench.ids(len(b.rows)), bench.found)
+            program.linear(low, b.rows, b.format, self._scores, 0)
+
+    def _tell(self, rt: Runtime) -> None:
+        assert self.expect is not None and self.predictor is not None
+        self.expect(self._scores[0] + self.predictor.bias)
 
     def _program(self, rt: Runtime) -> Program:
         """The one that goes on."""

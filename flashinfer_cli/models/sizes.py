@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import NEURON_BLOCK, NEURON_STAGES, MiB, ModelConfig, RunConfig
+from ..config import NEURON_BLOCK, NEURON_GUESSES, NEURON_STAGES, MiB, ModelConfig, RunConfig
 from ..layers.attention import SCORE_BYTES
 from ..plan import Sizes
 from ..store.spans import span_of
@@ -71,7 +71,7 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
         neurons=sum(layer.neuron_bytes for layer in layout.layers),
         neuron_block=max(
             (
-                (3 if run.prefetch_neurons else 1) * NEURON_STAGES * NEURON_BLOCK * layer.records.width_bytes
+                (NEURON_STAGES * NEURON_BLOCK + NEURON_GUESSES * run.prefetch_neurons) * layer.records.width_bytes
                 for layer in layout.layers
                 if layer.sparse and layer.records is not None
             ),
