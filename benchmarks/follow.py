@@ -1,7 +1,7 @@
 """How often a small instruct model does what it is asked, on rows of examples/instruct_rows.py that it has not seen.
 
-Greedy, each row a conversation of its own, with the turns that it says went before. Beside it what the answers would score if each belonged to another row of
-its kind: what is right by accident.
+Greedy, each row a conversation of its own, with the turns that it says went before. Beside it what the answers would
+score if each belonged to another row of its kind: what is right by accident.
 """
 
 from __future__ import annotations
