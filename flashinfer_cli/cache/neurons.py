@@ -22,6 +22,8 @@ from .pinned import Block, Tracing
 from .slots import NeuronFile, Slots
 from .window import NeuronPolicy
 
+LEAST_MISSED = 48  # of a layer's neurons: to wait for fewer takes less time than to guess them
+
 
 @dataclass
 class _Guess:
@@ -70,6 +72,7 @@ class NeuronCache:
         self._read: Ticket | None = None  # the last into it
         self._guess: _Guess | None = None
         self._fetch: Fetch | None = None  # the last
+        self._missed = dict.fromkeys(files, 0)  # what the last token missed of each layer
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +122,7 @@ class NeuronCache:
             self.trace.demand("decode", index, ids[None])
         missing, gone = layer.policy.demand(ids)
         layer.release(gone)
+        self._missed[index] = len(missing)
         self.recorder.cache(len(ids) - len(missing), len(missing))
         self._fetch = Fetch(self, layer, ids, self._settle(index, ids))
         return self._fetch.begin()
@@ -129,6 +133,10 @@ class NeuronCache:
             self._fetch = None
 
     # ---- ahead of need
+    def worth(self, index: int) -> bool:
+        """Does a guess of layer `index` pay: by what the last token missed there."""
+        return self.guesses > 0 and self._missed[index] >= LEAST_MISSED
+
     def guess(self, index: int, scores: np.ndarray) -> None:
         """Layer `index` will be asked for about the neurons of scores [count] above zero next: read those that are not
         here, and of more than there is room for the ones with the highest scores, which are the surest."""
@@ -144,7 +152,8 @@ class NeuronCache:
             if self._read is not None:  # one that came out wrong may still be under way to there
                 self._read.wait()
             rows = self._staging[: self.guesses * width].reshape(self.guesses, width)
-            self._read = self.read(layer.file, absent, rows.ctypes.data + width * np.arange(len(absent)), (rows,))
+            addresses = rows.ctypes.data + width * np.arange(len(absent))
+            self._read = self.read(layer.file, absent, addresses, (rows,))
             self._guess = _Guess(index, absent, rows, self._read)
 
     def settle(self) -> None:

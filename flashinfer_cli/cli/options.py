@@ -121,8 +121,9 @@ class RunOptions:
     prefetch_neurons: Annotated[
         bool,
         _memory(
-            "--prefetch-neurons",
+            "--prefetch-neurons/--no-prefetch-neurons",
             "Read the neurons that a layer will most surely need while its attention computes.",
+            show_default="on",
         ),
     ] = RunConfig.prefetch_neurons
     expert_policy: Annotated[

@@ -40,7 +40,7 @@ class RunConfig:
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
-    prefetch_neurons: bool = False  # read the surest of what a layer's predictor says of its input before attention
+    prefetch_neurons: bool = True  # read the surest of what a layer's predictor says of its input before attention
     # Which experts stay; auto: foresight where a bundle is calibrated for it, else lfu.
     expert_policy: Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "auto"
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many

@@ -117,9 +117,13 @@ class SparseFfn:
         """Are neurons read before attention has said the last word on what is needed."""
         return isinstance(self.cache, NeuronCache) and self.cache.guesses > 0
 
+    def worth_guessing(self) -> bool:
+        """Does that pay now."""
+        return isinstance(self.cache, NeuronCache) and self.cache.worth(self.layer)
+
     def expect(self, x: torch.Tensor, rt: Runtime) -> None:
         """While decoding: begin to read what x [1, d] names, the FFN's input as it is without attention's part."""
-        if isinstance(self.demand, LowRankPredictor) and self.guesses:
+        if isinstance(self.demand, LowRankPredictor) and self.worth_guessing():
             with rt.recorder.computing():
                 scores = self.demand.scores(x)[0]
             self.expect_scored(scores)

@@ -260,8 +260,7 @@ class Builder:
         assert isinstance(attention, Attention) and block.ffn_norm is not None
         demand = block.ffn.demand if isinstance(block.ffn, SparseFfn) else None
         predictor = demand if isinstance(demand, LowRankPredictor) else None
-        guesses = isinstance(block.ffn, SparseFfn) and block.ffn.guesses and predictor is not None
-        expect = block.ffn.expect_scored if guesses and isinstance(block.ffn, SparseFfn) else None
+        expect = block.ffn if isinstance(block.ffn, SparseFfn) and predictor is not None and block.ffn.guesses else None
         return OneToken(
             attention, block.attn_norm, block.attn_post_norm, block.ffn_norm, predictor, self._bench, expect
         )
