@@ -220,7 +220,7 @@ class RunConfig:
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
     lookahead: int | None = None  # layers ahead to guess the experts of; None: 2 where many fit in, else 1
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
-    cache_gap: float = 0.0  # of a token's weights: what an expert that is away may have more than its stand-in; lossy
+    cache_gap: float = 0.0  # of a token's weights: what experts that are here may take as stand-ins; lossy above 0
     keep_top: int | None = None  # with either, the best that are chosen in any case; None: 1 of few experts, else 2
     # Below this share of its token's expert weights, an expert that is not here is served from its small copy; lossy
     # above 0, and for bundles made with small copies alone.

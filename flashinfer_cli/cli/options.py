@@ -239,8 +239,8 @@ class RunOptions:
             max=1,
             metavar="G",
             rich_help_panel=MEMORY,
-            help="Let an expert that is in memory take the place of one that is not, where that one has at most G more "
-            "of a token's weights: fewer reads, other words. 0.2 cost a model of ours 1% in perplexity.",
+            help="Let experts that are in memory stand in for others, as long as that takes at most G of a token's "
+            "weights: fewer reads, other words. 0.2 cost a model of ours 1% in perplexity.",
         ),
     ] = RunConfig.cache_gap
     keep_top: Annotated[

@@ -79,7 +79,8 @@ class CacheBias:
 @dataclass(frozen=True)
 class CacheGap:
     """Cache-aware routing by what it takes from a token: an expert that is away gives its place to the best one that is
-    here, where its share of the token's weights is at most `gap` above the share that one then has. Lossy.
+    here. A swap takes what its share of the token's weights is above the share that one then has, and all of a token's
+    swaps together may take `gap`, however many experts it has. Lossy.
 
     The worst chosen goes first, the `keep_top` best stay whatever is here. 2412.00099 prefers what is here among the M
     best, or the best up to a sum of probabilities; that a sum is nearly reached says little of what a swap costs.
@@ -108,12 +109,14 @@ class CacheGap:
     ) -> list[int]:
         """The experts of one token: probabilities of all, and of those chosen, best first, of which some are away."""
         others = sorted((p, e) for e, p in enumerate(probs) if here[e] and e not in chosen and p > 0)  # the best last
-        total = sum(top)
+        total, left = sum(top), self.gap
         for rank in reversed(range(len(chosen))):
             if not away[rank] or not others:
                 continue
             old, (new, expert) = top[rank], others[-1]
-            if old / total - new / (total - old + new) <= self.gap:
+            cost = old / total - new / (total - old + new)
+            if cost <= left:
+                left -= cost
                 others.pop()
                 chosen[rank] = expert
                 total += new - old
