@@ -11,7 +11,7 @@ which experts are here. All keep the best `keep` experts whatever is here:
     rank M      what is here first, among the M best (2412.00099, max rank)
     mass P      what is here first, among the fewest best whose probabilities add up to P (2412.00099, cumulative sum)
     ratio R     an expert that is away is replaced by the best that is here and has at least R of its probability
-    gap G       the same, where its share of the token's weights would be at most G above that of the one that is here
+    gap G       the same, where all that a token's weights lose to stand-ins is at most G, as --cache-gap
     drop D      an expert that is away and has less than D of the token's weights is left out
 
 The weights are always those of the true logits over what was chosen. Perplexity is compared on the same tokens; its
@@ -96,6 +96,7 @@ class Swap:
 
     def __call__(self, logits: torch.Tensor, held: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = logits.topk(k, dim=-1).indices
+        left = torch.full((len(logits), 1), self.gap)
         for place in range(k - 1, self.keep - 1, -1):
             expert = chosen[:, place : place + 1]
             others = logits.masked_fill(~held, float("-inf")).scatter(-1, chosen, float("-inf"))
@@ -103,8 +104,10 @@ class Swap:
             old = logits.gather(-1, chosen).softmax(-1)[:, place : place + 1]
             new = logits.gather(-1, chosen.scatter(1, expert.new_full(expert.shape, place), other)).softmax(-1)
             fine = (value - logits.gather(-1, expert)).exp() >= self.ratio
-            fine &= old - new[:, place : place + 1] <= self.gap
+            cost = old - new[:, place : place + 1]
+            fine &= cost <= left
             fine &= ~held.gather(-1, expert) & value.isfinite()
+            left = left - cost.where(fine, 0.0)
             chosen = chosen.scatter(1, expert.new_full(expert.shape, place), torch.where(fine, other, expert))
         return logits.gather(-1, chosen).softmax(-1), chosen
 

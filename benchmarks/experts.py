@@ -1,7 +1,7 @@
 """Figures of 2312.17238 on our models: what routing gives a cache to find, what guesses find, and what each part earns.
 
     python -m benchmarks.experts routing MODEL TEXT... [--tokens N] [--out FOLDER]
-    python -m benchmarks.experts bias MODEL TEXT... [--memory SIZE | --slots N] [--tokens N]
+    python -m benchmarks.experts bias MODEL TEXT... [--rule gap] [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts degrade BUNDLE TEXT... [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts ahead BUNDLE TEXT... [--tokens N]
     python -m benchmarks.experts ablation MODEL [--caps 0.5 0.25] [--tokens N]
@@ -113,10 +113,11 @@ def routing(given: argparse.Namespace) -> None:
 
 
 def bias(given: argparse.Namespace) -> None:
-    print(f"{'bias':>6} {'keep':>4} {'perplexity':>10} {'change':>8} {'misses':>7} {'a token':>9}")
+    print(f"{given.rule:>6} {'keep':>4} {'perplexity':>10} {'change':>8} {'misses':>7} {'a token':>9}")
     first, rows = 0.0, []
-    for strength, keep in ((0.0, 1), *((s, k) for k in (1, 2) for s in (0.1, 0.2, 0.4, 0.8, 1.6))):
-        options = {"cache_bias": strength, "keep_top": keep, "prefetch_experts": "off"}
+    strengths = given.strengths or ([0.1, 0.2, 0.4, 0.8, 1.6] if given.rule == "bias" else [0.1, 0.2, 0.3])
+    for strength, keep in ((0.0, 1), *((s, k) for k in given.keep for s in strengths)):
+        options = {f"cache_{given.rule}": strength, "keep_top": keep, "prefetch_experts": "off"}
         with with_slots(given.slots), fc.load(given.model, context=WINDOW, memory=given.memory, **options) as engine:
             perplexity = float(torch.tensor(feed(engine, given.texts, given.tokens)).exp())
             policy = engine.experts.policy
@@ -125,7 +126,7 @@ def bias(given: argparse.Namespace) -> None:
         first = first or perplexity
         missed = f"{misses / (misses + hits):>7.1%} {misses / tokens:>9.2f}"
         print(f"{strength:>6} {keep:>4} {perplexity:>10.3f} {perplexity / first - 1:>+8.2%} {missed}", flush=True)
-        rows.append({"bias": strength, "keep": keep, "perplexity": perplexity, "misses_a_token": misses / tokens})
+        rows.append({given.rule: strength, "keep": keep, "perplexity": perplexity, "misses_a_token": misses / tokens})
     emit("experts bias", rows, model=given.model, slots=given.slots)
 
 
@@ -188,6 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--tokens", type=int, default=24 if call is ablation else 4000)
         if call is ablation:
             command.add_argument("--caps", nargs="+", type=float, default=[0.5, 0.25], help="shares of the weights")
+        if call is bias:
+            command.add_argument("--rule", choices=["bias", "gap"], default="bias", help="--cache-bias or --cache-gap")
+            command.add_argument("--strengths", nargs="*", type=float)
+            command.add_argument("--keep", nargs="*", type=int, default=[1, 2])
         if call is routing:
             command.add_argument("--out", type=Path, default=Path("experts"))
     if not (sys.argv[1:] if arguments is None else arguments):

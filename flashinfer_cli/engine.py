@@ -260,7 +260,7 @@ class Engine:
         experts serve, else as the weights are."""
         if self.run.degrade > 0:
             return "degraded"
-        biased = self.run.cache_bias > 0 and self.experts is not None
+        biased = self.run.cache_bias + self.run.cache_gap > 0 and self.experts is not None
         return "sparse" if self.sparsity is not None or biased else self.model.exactness
 
     def _expert_cache(self) -> dict[str, Any] | None:
@@ -271,7 +271,7 @@ class Engine:
             "policy": cache.policy.name, "slots": cache.policy.capacity, "experts": cache.policy.total,
             "transit": cache.slots - cache.policy.capacity, "slot_bytes": cache.slot_bytes,
             "prefetch": cache.guessing.verdict(), "lookahead": cache.lookahead, "cache_bias": self.run.cache_bias,
-            "degrade": self.run.degrade,
+            "cache_gap": self.run.cache_gap, "degrade": self.run.degrade,
         }  # fmt: skip
 
     def _check(self, logits: torch.Tensor) -> None:

@@ -138,12 +138,13 @@ def test_no_bias_is_no_change_and_some_is_labelled(
     with fc.load(folder, context=60, prefill_chunk=4, cache_bias=0.0, keep_top=1, expert_policy="lru") as engine:
         assert torch.equal(logits_of(engine), resident) and engine.report().exactness == "exact"
         plain = engine.experts.policy.hits() / (engine.experts.policy.hits() + engine.experts.policy.misses())
-    with fc.load(folder, context=60, prefill_chunk=4, cache_bias=1.0, keep_top=1, expert_policy="lru") as engine:
-        biased = logits_of(engine)
-        assert torch.equal(biased[0], resident[0])  # a prompt is routed as ever
-        report = engine.report()
-        assert report.exactness == "sparse" and "sparse" in report.summary()
-        assert engine.experts.policy.hits() / (engine.experts.policy.hits() + engine.experts.policy.misses()) > plain
+    for lossy in ({"cache_bias": 1.0}, {"cache_gap": 1.0}):
+        with fc.load(folder, context=60, prefill_chunk=4, keep_top=1, expert_policy="lru", **lossy) as engine:
+            biased = logits_of(engine)
+            assert torch.equal(biased[0], resident[0])  # a prompt is routed as ever
+            report, policy = engine.report(), engine.experts.policy
+            assert report.exactness == "sparse" and "sparse" in report.summary()
+            assert policy.hits() / (policy.hits() + policy.misses()) > plain
 
 
 def test_many_tokens_at_once_in_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from flashinfer_cli.apps.ahead import calibrate_ahead
 from flashinfer_cli.cli import main
 from flashinfer_cli.config import MoeConfig, RunConfig, SamplingParams
 from flashinfer_cli.errors import GenaiRunError, UsageError
-from flashinfer_cli.layers.moe import route_groups
+from flashinfer_cli.layers.routing import route_groups
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.training import data, gating
 from flashinfer_cli.training.export import write_folder

@@ -18,7 +18,8 @@ from ..bundles.publish import writer_lock
 from ..config import RunConfig
 from ..engine import Engine
 from ..errors import UsageError
-from ..layers.moe import MoeFfn, rescale, route
+from ..layers.moe import MoeFfn, rescale
+from ..layers.routing import route
 from ..models.ahead import Pair, Recall, write_ahead
 from ..models.build_experts import LOOKAHEADS
 from ..models.open import OpenModel, open_model

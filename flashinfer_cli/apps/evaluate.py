@@ -43,7 +43,8 @@ def evaluate(
     loss, count = 0.0, 0
     kl, agree = 0.0, 0
     with Engine(opened, settled) as engine:
-        resident = replace(settled, stream="never", memory="100%", exact=True, cache_bias=0.0, degrade=0.0)
+        exact = replace(settled, exact=True, cache_bias=0.0, cache_gap=0.0, degrade=0.0)
+        resident = replace(exact, stream="never", memory="100%")
         dense = Engine(opened, resident) if against == "dense" else None
         try:
             chunk = engine.plan.chunk if dense is None else min(engine.plan.chunk, dense.plan.chunk)

@@ -46,7 +46,8 @@ class RunConfig:
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
     lookahead: int | None = None  # layers ahead to guess the experts of; None: 2 where many fit in, else 1
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
-    keep_top: int | None = None  # with it, the best that are chosen in any case; None: 1 of few experts, else 2
+    cache_gap: float = 0.0  # of a token's weights: what experts that are here may take as stand-ins; lossy above 0
+    keep_top: int | None = None  # with either, the best that are chosen in any case; None: 1 of few experts, else 2
     # Below this share of its token's expert weights, an expert that is not here is served from its small copy; lossy
     # above 0, and for bundles made with small copies alone.
     degrade: float = 0.0
@@ -77,6 +78,8 @@ class RunConfig:
             raise UsageError(f"--lookahead is {self.lookahead}; it must be 1 or 2 layers.")
         if not self.cache_bias >= 0 or (self.keep_top is not None and self.keep_top < 0):
             raise UsageError("--cache-bias and --keep-top must be 0 or more.")
+        if not 0 <= self.cache_gap <= 1 or (self.cache_gap and self.cache_bias):
+            raise UsageError("--cache-gap is a share of a token's weights, from 0 to 1, and goes without --cache-bias.")
         if not 0 <= self.degrade <= 1:
             raise UsageError(f"--degrade is {self.degrade}; it must be a share of a token's weights, from 0 to 1.")
         if self.speculate not in ("auto", "off") and not (self.speculate.isdigit() and 1 <= int(self.speculate) <= 16):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -15,73 +15,7 @@ from .expert import ExpertLayout, apply_expert, apply_experts, together
 from .ffn import DenseFfn
 from .linear import Runtime
 from .norm import Norm
-
-
-def route(logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Router logits [T, E] -> (weights [T, k], experts [T, k]): softmax over all, then the k largest, of the best
-    groups where experts stand in groups."""
-    probs = logits.softmax(-1)
-    if moe.num_groups > 1:
-        probs = probs.masked_fill(_other_groups(logits, moe), 0.0)
-    weights, experts = probs.topk(moe.num_experts_per_tok, dim=-1)
-    return _scaled(weights, moe), experts
-
-
-def _other_groups(logits: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
-    """Of logits [T, E], which are not of the groups_per_tok groups with the largest (2405.04434)."""
-    best = logits.unflatten(-1, (moe.num_groups, -1)).amax(-1)
-    others = torch.ones_like(best, dtype=torch.bool).scatter_(-1, best.topk(moe.groups_per_tok, dim=-1).indices, False)
-    return others.repeat_interleave(moe.num_experts // moe.num_groups, -1)
-
-
-def _scaled(weights: torch.Tensor, moe: MoeConfig) -> torch.Tensor:
-    weights = weights / weights.sum(-1, keepdim=True) if moe.norm_topk_prob else weights
-    return weights if moe.routed_scaling == 1.0 else weights * moe.routed_scaling
-
-
-def route_groups(primary: torch.Tensor, logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two levels (1701.06538, appendix B): the best groups by `primary` [T, G], the best of each by `logits` [T, E].
-
-    Both softmaxes are over what is kept, and a weight is the product of the two. Experts of -inf have no weight.
-    """
-    tokens, few = len(primary), moe.gate_groups_per_tok
-    top, groups = primary.topk(few, dim=-1)
-    inside = logits.view(tokens, moe.gate_groups, -1)
-    kept, numbers = inside.gather(1, groups[..., None].expand(-1, -1, inside.shape[-1])).topk(
-        moe.num_experts_per_tok // few, dim=-1
-    )
-    weights = (top.softmax(-1)[..., None] * kept.softmax(-1)).nan_to_num(0.0)
-    return weights.flatten(1), (numbers + groups[..., None] * inside.shape[-1]).flatten(1)
-
-
-@dataclass
-class CacheBias:
-    """Cache-aware routing (2412.00099): experts that are here are preferred. Lossy.
-
-    `strength` times the router's usual range of logits is added to those of resident experts, for the choice alone:
-    the weights come from the true logits, and the `keep_top` best by them are chosen whatever is here.
-    """
-
-    strength: float
-    keep_top: int
-    spans: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum and number of ranges seen
-
-    def route(self, logits: torch.Tensor, held: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `route`; held bool [E]: what costs no read."""
-        spans = logits.amax(-1) - logits.amin(-1)
-        self.spans[0] += float(spans.sum())
-        self.spans[1] += len(spans)
-        probs = logits.softmax(-1)
-        raised = logits + self.strength * (self.spans[0] / self.spans[1]) * held
-        if moe.num_groups > 1:
-            others = _other_groups(logits, moe)
-            probs, raised = probs.masked_fill(others, 0.0), raised.masked_fill(others, float("-inf"))
-        if self.keep_top:
-            best = probs.topk(min(self.keep_top, moe.num_experts_per_tok), dim=-1).indices
-            raised = raised.scatter(-1, best, float("inf"))
-        chosen = raised.topk(moe.num_experts_per_tok, dim=-1).indices
-        weights, order = probs.gather(-1, chosen).sort(stable=True, dim=-1, descending=True)
-        return _scaled(weights, moe), chosen.gather(-1, order)
+from .routing import CacheBias, CacheGap, other_groups, route, route_groups
 
 
 @dataclass(frozen=True)
@@ -101,7 +35,7 @@ class Ahead:
         """x [T, d] -> the experts that the tokens will want, at most `most`, best first."""
         logits = F.linear(x if self.scale is None else x * self.scale, self.router, self.router_bias)
         if moe.num_groups > 1:
-            logits = logits.masked_fill(_other_groups(logits, moe), float("-inf"))
+            logits = logits.masked_fill(other_groups(logits, moe), float("-inf"))
         if len(x) == 1:
             best = logits[0].topk(min(most, logits.shape[-1])).indices.tolist()
         else:
@@ -157,7 +91,7 @@ class MoeFfn:
     shared: DenseFfn | None
     shared_gate: torch.Tensor | None  # float32 [1, d]
     ahead: tuple[Ahead, ...] = ()
-    bias: CacheBias | None = None
+    bias: CacheBias | CacheGap | None = None
     degrade: float = 0.0  # of a token's weights: what has less is served from its small copy where it is not here
     group_router: torch.Tensor | None = None  # float32 [G, d], of two levels of gating
     worth: tuple[torch.Tensor, torch.Tensor] | None = None  # [E, d] and [E]: hidden state -> expected uses to come

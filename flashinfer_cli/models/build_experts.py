@@ -13,8 +13,9 @@ from ..config import ModelConfig, MoeConfig, RunConfig
 from ..errors import UsageError
 from ..layers.ffn import DenseFfn
 from ..layers.linear import Runtime
-from ..layers.moe import Ahead, CacheBias, FirstGuess, MoeFfn, rescale
+from ..layers.moe import Ahead, FirstGuess, MoeFfn, rescale
 from ..layers.norm import Norm
+from ..layers.routing import CacheBias, CacheGap
 from ..plan import MemoryPlan
 from .ahead import Maps
 from .layout import LayerLayout, ModelLayout
@@ -73,16 +74,18 @@ class ExpertBuilder:
             )
         return expert_policy(("lfu" if missing else "foresight") if name == "auto" else name, records, room)
 
-    def _bias(self) -> CacheBias | None:
+    def _bias(self) -> CacheBias | CacheGap | None:
         run, moe = self.run, self.moe
-        if not run.cache_bias:
+        if not run.cache_bias and not run.cache_gap:
             return None
         if moe.gate_groups:
             raise UsageError(
-                "--cache-bias prefers experts among all, and this model's gate chooses groups first.", "Leave it out."
+                "--cache-bias and --cache-gap prefer experts among all, and this model's gate chooses groups first.",
+                "Leave it out.",
             )
         few = moe.num_experts <= 8 or moe.num_experts_per_tok <= 2
-        return CacheBias(run.cache_bias, run.keep_top if run.keep_top is not None else 1 if few else 2)
+        keep = run.keep_top if run.keep_top is not None else 1 if few else 2
+        return CacheBias(run.cache_bias, keep) if run.cache_bias else CacheGap(run.cache_gap, keep)
 
     def ffn(self, index: int, layer: LayerLayout, shared: DenseFfn | None) -> MoeFfn:
         router, worth = self.get(index, "router"), self.probes.get((index, index))
