@@ -46,7 +46,7 @@ from flashinfer_cli.cache.neurons import NeuronCache
 from flashinfer_cli.cache.slots import NeuronFile
 from flashinfer_cli.cli.console import Console
 from flashinfer_cli.cli.tables import Table
-from flashinfer_cli.config import NEURON_BLOCK, RunConfig
+from flashinfer_cli.config import NEURON_BLOCK, NEURON_STAGES, RunConfig
 from flashinfer_cli.device import allocate
 from flashinfer_cli.models import build
 from flashinfer_cli.models.open import open_model
@@ -69,17 +69,18 @@ class Row:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-WINDOW = (("neuron_policy", "window"),)
-RECENT = (("neuron_policy", "recent"),)
+LATE = ("prefetch_neurons", False)
+WINDOW = (("neuron_policy", "window"), LATE)
+RECENT = (("neuron_policy", "recent"), LATE)
 ROWS = (
     Row("naive", "nothing", options=(("exact", True),)),
     Row("hybrid", "share", options=(("exact", True),)),
-    Row("+ predictor", "trunk", apart=True),
+    Row("+ predictor", "trunk", apart=True, options=(LATE,)),
     Row("+ windowing", "slots", apart=True, options=WINDOW),
     Row("+ bundling", "slots", options=WINDOW),
     Row("+ order", "slots", ordered=True, options=WINDOW),
     Row("+ recent", "slots", ordered=True, options=RECENT),
-    Row("+ ahead", "slots", ordered=True, options=(*RECENT, ("prefetch_neurons", True))),
+    Row("+ ahead", "slots", ordered=True, options=(RECENT[0], ("prefetch_neurons", True))),
 )
 
 
@@ -128,22 +129,17 @@ def in_parts(parts: dict[tuple[Path, int], list[NeuronFile]]) -> type[NeuronCach
     class PartedCache(NeuronCache):
         under_way: tuple[_All, ...] = ()
 
-        def read(
-            self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...], urgent: bool
-        ) -> Any:
+        def read(self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...]) -> Any:
             for ticket in self.under_way:  # all have the same places to come to
                 ticket.wait()
             tickets, buffers = [], []
             for part in parts[file.path, file.base]:
                 if part.path.suffix not in staging:
-                    staging[part.path.suffix] = allocate(NEURON_BLOCK * part.width).reshape(NEURON_BLOCK, part.width)
+                    most = NEURON_STAGES * NEURON_BLOCK
+                    staging[part.path.suffix] = allocate(most * part.width).reshape(most, part.width)
                 buffer = staging[part.path.suffix]
                 at = buffer.ctypes.data + part.width * np.arange(len(ids))
-                tickets.append(
-                    self.store.read_records(
-                        part.path, part.base, part.width, ids, at, (buffer,), "neuron", urgent=urgent
-                    )
-                )
+                tickets.append(self.store.read_records(part.path, part.base, part.width, ids, at, (buffer,), "neuron"))
                 buffers.append(buffer)
 
             def join() -> None:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     )
     table(columns, [tuple(row.values()) for row in rows])
     title = f"{MODEL}, tuned: held-out answers, nats a token"
-    nats = [(r["tuned"], r["nats_after"]) for r in rows]
+    nats = [("before", rows[0]["nats_before"]), *((r["tuned"], r["nats_after"]) for r in rows)]
     bars(given.figure, title, nats, start=int(min(n for _, n in nats) * 10 - 1) / 10)
     emit("tune", rows, seed=given.seed, seeds=given.seeds, steps=given.steps, batch=given.batch)
 

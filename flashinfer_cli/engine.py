@@ -54,11 +54,13 @@ def plan_model(
     devices.release_free_memory()
     budget, process, peak = devices.budget_bytes(run.memory), devices.resident_bytes(), devices.peak_bytes()
     refused: BudgetError | None = None
+    known = model.sparsity if any(layer.sparse for layer in layout.layers) else None
+    shares = {} if known is None else {layer.layer: layer.predicted for layer in known.layers}
     for context in wanted:
         settled = replace(run, context=context)
         try:
             plan = make_plan(
-                sizes_of(layout, model.config, settled),
+                sizes_of(layout, model.config, settled, shares),
                 budget=budget,
                 process=process,
                 peak_so_far=peak,

@@ -36,6 +36,7 @@ class Sizes:
     demand: int = 0
     neurons: int = 0  # records of layers that have predictors: they take slots instead of being pinned
     neuron_block: int = 0  # the neurons of a token, gathered
+    named: int = 0  # of the neurons, what predictors name for a token
     order: tuple[int, ...] = ()  # places in `slices`, what stays first; where given, in place of an even spread
     table: int = 0  # an embedding table apart from the head; its rows can be read by token instead
     expert: int = 0  # one slot
@@ -113,6 +114,11 @@ def _often(sizes: Sizes) -> int:
     if not sizes.neurons:
         return 0
     return sum(size for size, seldom in zip(sizes.slices, sizes.seldom, strict=True) if not seldom)
+
+
+def _lent(sizes: Sizes, demand: int, chunk: int) -> int:
+    """What neurons have of a prompt's memory behind it."""
+    return demand + sizes.scratch(chunk) - sizes.scratch(min(chunk, FEW_TOKENS))
 
 
 def _slots_note(neurons: int, late: int, of: int) -> str:
@@ -207,6 +213,8 @@ def make_plan(
             left -= ring
             more = min(max(0, RING_SLICES * largest - ring), left // 4)
             seldom_room = room if card is not None else left - more
+            if card is None:  # up to what a token names, a byte of slots saves about as long a read as one of slices
+                seldom_room -= min(max(0, sizes.named - _lent(sizes, demand, chunk)), seldom_room // 3)
         ring, left = ring + more, left - more
         if sizes.neurons:  # what every token needs first, then as many neurons as there is room for
             seldom_room = min(seldom_room, often)
@@ -216,8 +224,7 @@ def make_plan(
     if sizes.neurons and not all(pinned) and not always:
         neurons = min(sizes.neurons, max(0, left))
         left -= neurons
-        lent = demand + sizes.scratch(chunk) - sizes.scratch(min(chunk, FEW_TOKENS))
-        late = min(sizes.neurons - neurons, lent)
+        late = min(sizes.neurons - neurons, _lent(sizes, demand, chunk))
     if has_experts and not always and left >= num_experts * sizes.expert:
         slots = num_experts
     elif has_experts:  # what one token asks of a layer may be on its way, beside one that is computed

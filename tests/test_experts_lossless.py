@@ -95,9 +95,12 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tenso
         return out, logits_of(engine)
 
 
-@pytest.mark.parametrize("policy", [*PLAIN_POLICIES, "none"])
-@pytest.mark.parametrize("prefetch", ["off", "auto", 3])
-def test_policies_sizes_and_guesses_in_every_combination(
+@pytest.mark.parametrize(
+    ("policy", "prefetch"),
+    [*((policy, 3) for policy in (*PLAIN_POLICIES, "none")), ("lfu", "off"), ("lfu", "auto"), ("none", "auto"),
+     ("pinned", "off")],
+)  # fmt: skip
+def test_policies_sizes_and_guesses_combined(
     bundled: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch, policy: str, prefetch: str | int
 ) -> None:
     for stay, transit, lookahead in ((0, 1, 1), (1, 4, 2), (3, 1, 2), (7, 4, 1), (11, 4, 2)):

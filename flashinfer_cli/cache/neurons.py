@@ -22,6 +22,8 @@ from .pinned import Block, Tracing
 from .slots import NeuronFile, Slots
 from .window import NeuronPolicy
 
+LEAST_MISSED = 48  # of a layer's neurons: to wait for fewer takes less time than to guess them
+
 
 @dataclass
 class _Guess:
@@ -36,9 +38,9 @@ class _Guess:
 class NeuronCache:
     """Neurons of all layers that have records. `fetch` brings those that a token needs, and keeps what the policy says.
 
-    `block` neurons at most are handed out at once, so that a token that needs more than all slots hold still runs. With
-    `guesses` there is room to read ahead for one layer what it is thought to need. The policy never hears of guesses,
-    so that hits, and what stays, do not depend on them.
+    `block` neurons at most are handed out at once, so that a token that needs more than all slots hold still runs. As
+    many as `guesses` of what a layer is thought to need are read ahead. The policy hears of none of them, so that hits,
+    and what stays, do not depend on them.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class NeuronCache:
         files: Mapping[int, NeuronFile],
         policies: Mapping[int, NeuronPolicy],
         block: int,
-        guesses: bool = False,
+        guesses: int = 0,
         late: Mapping[int, int] | None = None,
     ) -> None:
         self.store, self.device, self.recorder, self.block = store, device, recorder, block
@@ -65,20 +67,17 @@ class NeuronCache:
         width = max(file.width for file in files.values())
         # where what is read and not to stay is computed on: a place for each block on its way
         self._passing = [allocate(block * width) for _ in range(NEURON_STAGES)]
-        self._staging = [allocate(NEURON_STAGES * block * width) for _ in range(2 * guesses)]  # in use, being filled
-        self._reads: list[Ticket | None] = [None] * len(self._staging)  # the last into each
+        self.guesses = guesses
+        self._staging = allocate(guesses * width) if guesses else np.empty(0, np.uint8)
+        self._read: Ticket | None = None  # the last into it
         self._guess: _Guess | None = None
         self._fetch: Fetch | None = None  # the last
+        self._missed = dict.fromkeys(files, 0)  # what the last token missed of each layer
 
     @property
     def nbytes(self) -> int:
         """All buffers: slots, and what is on its way."""
-        return sum(buffer.nbytes for buffer in (*self._passing, *self._staging, self._early, self._late))
-
-    @property
-    def guesses(self) -> bool:
-        """Is there room to read ahead for a layer."""
-        return bool(self._staging)
+        return sum(buffer.nbytes for buffer in (*self._passing, self._staging, self._early, self._late))
 
     @property
     def room(self) -> dict[int, int]:
@@ -107,12 +106,9 @@ class NeuronCache:
             give_back(self._late)
         return True
 
-    def read(
-        self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...], urgent: bool
-    ) -> Ticket:
+    def read(self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...]) -> Ticket:
         """Begin to read records `ids`, ascending, to `addresses`, which stand in rows of `memory`."""
-        where = file.path, file.base, file.width
-        return self.store.read_records(*where, ids, addresses, memory, "neuron", urgent=urgent)
+        return self.store.read_records(file.path, file.base, file.width, ids, addresses, memory, "neuron")
 
     def fetch(self, index: int, ids: np.ndarray) -> Fetch:
         """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order.
@@ -126,6 +122,7 @@ class NeuronCache:
             self.trace.demand("decode", index, ids[None])
         missing, gone = layer.policy.demand(ids)
         layer.release(gone)
+        self._missed[index] = len(missing)
         self.recorder.cache(len(ids) - len(missing), len(missing))
         self._fetch = Fetch(self, layer, ids, self._settle(index, ids))
         return self._fetch.begin()
@@ -136,33 +133,34 @@ class NeuronCache:
             self._fetch = None
 
     # ---- ahead of need
-    def guess(self, index: int, ids: np.ndarray) -> None:
-        """Layer `index` will be asked for about these next (ascending): read those that are not here, behind all else.
+    def worth(self, index: int) -> bool:
+        """Does a guess of layer `index` pay: by what the last token missed there."""
+        return self.guesses > 0 and self._missed[index] >= LEAST_MISSED
 
-        Of a guess larger than the room for it, the rest is left to the demand.
-        """
-        if not self._staging:
+    def guess(self, index: int, scores: np.ndarray) -> None:
+        """Layer `index` will be asked for about the neurons of scores [count] above zero next: read those that are not
+        here, and of more than there is room for the ones with the highest scores, which are the surest."""
+        if not self.guesses:
             return
-        self._settle(-1, ids[:0])
-        layer = self.layers[index]
-        room, width = NEURON_STAGES * self.block, layer.file.width
-        absent = ids[layer.slot[ids] < 0][:room]
+        self._settle(-1, np.empty(0, np.int64))
+        layer, width = self.layers[index], self.layers[index].file.width
+        absent = np.flatnonzero((scores > 0) & (layer.slot < 0))
+        if len(absent) > self.guesses:
+            absent = absent[np.argpartition(scores[absent], len(absent) - self.guesses)[-self.guesses :]]
+            absent.sort()
         if len(absent):
-            self._staging.reverse()
-            self._reads.reverse()
-            if self._reads[0] is not None:  # one that came out wrong may still be under way to there
-                self._reads[0].wait()
-            rows = self._staging[0][: room * width].reshape(room, width)
-            ticket = self.read(layer.file, absent, rows.ctypes.data + width * np.arange(len(absent)), (rows,), False)
-            self._reads[0] = ticket
-            self._guess = _Guess(index, absent, rows, ticket)
+            if self._read is not None:  # one that came out wrong may still be under way to there
+                self._read.wait()
+            rows = self._staging[: self.guesses * width].reshape(self.guesses, width)
+            addresses = rows.ctypes.data + width * np.arange(len(absent))
+            self._read = self.read(layer.file, absent, addresses, (rows,))
+            self._guess = _Guess(index, absent, rows, self._read)
 
     def settle(self) -> None:
         """Wait for what is read ahead, so that all of it is counted."""
         self._settle(-1, np.empty(0, np.int64))
-        for ticket in self._reads:
-            if ticket is not None:
-                ticket.wait()
+        if self._read is not None:
+            self._read.wait()
 
     def _settle(self, index: int, ids: np.ndarray) -> _Guess | None:
         """Take the guess if it is of this layer, and count what of it was right and what was read for nothing."""
@@ -226,39 +224,52 @@ class Fetch:
     """Neurons on their way: iterate once for blocks (ids ascending, where they stand).
 
     What is missing is read to where it will be computed on: into a slot if the policy keeps it, else to a place in
-    passing. Reads of NEURON_STAGES blocks are under way while the first of them is computed.
+    passing. The first NEURON_STAGES blocks are read together; of more, one for each that has been computed.
     """
 
     def __init__(self, cache: NeuronCache, layer: Slots, ids: np.ndarray, guess: _Guess | None) -> None:
-        self.cache, self.layer, self.guess = cache, layer, guess
-        width = layer.file.width
-        self.passing = [buffer[: cache.block * width].reshape(cache.block, width) for buffer in cache._passing]
-        self.blocks = [ids[i : i + cache.block] for i in range(0, len(ids), cache.block)]
-        absent = ids[layer.slot[ids] < 0]
+        self.cache, self.layer, self.guess, self.ids = cache, layer, guess, ids
+        self.passing = [buffer[: cache.block * layer.file.width] for buffer in cache._passing]
+        self.blocks = -(-len(ids) // cache.block)
+        self.guessed = np.zeros(len(ids), bool)  # brought by the guess
+        self.addresses = np.zeros(len(ids), np.int64)
+        slots = layer.slot[ids]
+        absent = slots < 0
+        if self.guess is not None and absent.any():
+            self.guessed = absent & np.isin(ids, self.guess.ids, assume_unique=True)
+        taken = layer.take(ids[absent & layer.policy.held[ids]])
         self.new = np.zeros(layer.file.count, bool)  # in a slot of its own that it is yet to reach
-        self.new[layer.take(absent[layer.policy.held[absent]])] = True
+        self.new[taken] = True
+        self.absent = absent
         self._computed = 0  # blocks
-        self._begun: list[tuple[np.ndarray, np.ndarray, Ticket | None]] = []
+        self._tickets: list[Ticket | None] = []
 
-    def _start(self, index: int) -> tuple[np.ndarray, np.ndarray, Ticket | None]:
-        """Read what of a block is missing and not on its way: where each stands, which ones a guess brings, the rest's
-        ticket."""
-        layer, block, rows = self.layer, self.blocks[index], self.passing[index % NEURON_STAGES]
-        slots = layer.slot[block]
+    def _start(self, first: int, last: int) -> Ticket | None:
+        """Begin to read what of blocks [first, last) is missing and not on its way, if anything is."""
+        layer, width, size = self.layer, self.layer.file.width, self.cache.block
+        part = slice(first * size, last * size)
+        ids, absent, guessed = self.ids[part], self.absent[part], self.guessed[part]
+        slots = layer.slot[ids]
         addresses = layer.address(slots)
-        passing = slots < 0
-        addresses[passing] = rows.ctypes.data + layer.file.width * np.arange(int(passing.sum()))
-        missing = passing | self.new[block]
-        guessed = np.zeros(len(block), bool)
-        if self.guess is not None:
-            guessed = missing & np.isin(block, self.guess.ids, assume_unique=True)
-            where = np.searchsorted(self.guess.ids, block[guessed])
-            addresses[guessed] = self.guess.rows.ctypes.data + layer.file.width * where
-            missing &= ~guessed
+        for index in range(first, last):
+            here = slice((index - first) * size, (index - first + 1) * size)
+            passing = slots[here] < 0
+            start = self.passing[index % NEURON_STAGES].ctypes.data
+            addresses[here][passing] = start + width * np.arange(int(passing.sum()))
+        if self.guess is not None and guessed.any():
+            where = np.searchsorted(self.guess.ids, ids[guessed])
+            addresses[guessed] = self.guess.rows.ctypes.data + width * where
+        self.addresses[part] = addresses
+        missing = absent & ~guessed
         if not missing.any():
-            return addresses, guessed, None
-        ticket = self.cache.read(layer.file, block[missing], addresses[missing], (*layer.memory, rows), True)
-        return addresses, guessed, ticket
+            return None
+        return self.cache.read(layer.file, ids[missing], addresses[missing], self._memory(first, last))
+
+    def _memory(self, first: int, last: int) -> tuple[np.ndarray, ...]:
+        """What addresses of blocks [first, last) may stand in, as rows."""
+        width = self.layer.file.width
+        rows = (self.passing[index % NEURON_STAGES].reshape(-1, width) for index in range(first, last))
+        return (*self.layer.memory, *rows, *(() if self.guess is None else (self.guess.rows,)))
 
     def _wait(self, ticket: Ticket) -> None:
         if ticket.ready:
@@ -268,32 +279,32 @@ class Fetch:
             ticket.wait()
 
     def begin(self) -> Fetch:
-        self._begun += [self._start(i) for i in range(min(NEURON_STAGES, len(self.blocks)))]
+        first = min(NEURON_STAGES, self.blocks)
+        self._tickets = [self._start(0, first)] * first
         return self
 
     def abandon(self) -> None:
         """If blocks are left: wait for reads that are under way, and let no slot be thought to hold what never came."""
-        for _, _, ticket in self._begun[self._computed :]:
+        for ticket in self._tickets[self._computed :]:
             if ticket is not None:
                 ticket.end()
-        for block in self.blocks[self._computed :]:
-            self.layer.release(block[self.new[block]])
+        left = self.ids[self._computed * self.cache.block :]
+        self.layer.release(left[self.new[left]])
 
     def __iter__(self) -> Iterator[Block]:
-        layer, cache = self.layer, self.cache
-        for index, block in enumerate(self.blocks):
-            addresses, guessed, ticket = self._begun[index]
-            memory: tuple[np.ndarray, ...] = (*layer.memory, self.passing[index % NEURON_STAGES])
+        layer, cache, size = self.layer, self.cache, self.cache.block
+        for index in range(self.blocks):
+            part = slice(index * size, (index + 1) * size)
+            ids, guessed, ticket = self.ids[part], self.guessed[part], self._tickets[index]
             if self.guess is not None and guessed.any():
                 self._wait(self.guess.ticket)
-                memory += (self.guess.rows,)
             if ticket is not None:
                 self._wait(ticket)
-            yield block, cache.hand_out(Listed(addresses, layer.file.width, memory))
-            kept = guessed & self.new[block]
+            where = Listed(self.addresses[part], layer.file.width, self._memory(index, index + 1))
+            yield ids, cache.hand_out(where)
+            kept = guessed & self.new[ids]
             if self.guess is not None and kept.any():
-                where = np.searchsorted(self.guess.ids, block[kept])
-                layer.put(block[kept], self.guess.rows[where])
+                layer.put(ids[kept], self.guess.rows[np.searchsorted(self.guess.ids, ids[kept])])
             self._computed += 1
-            if len(self._begun) < len(self.blocks):
-                self._begun.append(self._start(len(self._begun)))
+            if len(self._tickets) < self.blocks:
+                self._tickets.append(self._start(len(self._tickets), len(self._tickets) + 1))

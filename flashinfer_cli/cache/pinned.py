@@ -30,6 +30,16 @@ class Pinned:
         self.device, self.recorder, self.block = device, recorder, block
         self.homes: dict[int, tuple[list[torch.Tensor], int]] = {}  # layer -> (records by slice, records a slice)
         self.trace: Tracing | None = None
+        self._places: dict[int, tuple[np.ndarray, int, tuple[np.ndarray, ...]]] = {}
+
+    def _where(self, index: int) -> tuple[np.ndarray, int, tuple[np.ndarray, ...]]:
+        """The address of each neuron of a layer, their width, and what they stand in."""
+        if index not in self._places:
+            memory = tuple(home.numpy() for home in self.homes[index][0])
+            width = memory[0].shape[1]
+            addresses = [rows.ctypes.data + width * np.arange(len(rows), dtype=np.int64) for rows in memory]
+            self._places[index] = np.concatenate(addresses), width, memory
+        return self._places[index]
 
     def fetch(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         if self.trace is not None:
@@ -39,15 +49,15 @@ class Pinned:
 
     def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """As `fetch`, but nothing is noted."""
+        if self.device.is_host:
+            addresses, width, memory = self._where(index)
+            for first in range(0, len(ids), self.block):
+                block = ids[first : first + self.block]
+                yield block, Listed(addresses[block], width, memory)
+            return
         homes, step = self.homes[index]
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
-            if self.device.is_host:
-                bases = np.array([home.data_ptr() for home in homes])
-                width = homes[0].shape[1]
-                memory = tuple(home.numpy() for home in homes)
-                yield block, Listed(bases[block // step] + block % step * width, width, memory)
-                continue
             where = torch.from_numpy(block).to(homes[0].device)
             with self.recorder.computing():
                 if len(homes) == 1:

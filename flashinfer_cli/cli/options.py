@@ -121,8 +121,9 @@ class RunOptions:
     prefetch_neurons: Annotated[
         bool,
         _memory(
-            "--prefetch-neurons",
-            "Read ahead which neurons the next layer will need, as guessed from this layer's input.",
+            "--prefetch-neurons/--no-prefetch-neurons",
+            "Read the neurons that a layer will most surely need while its attention computes.",
+            show_default="on",
         ),
     ] = RunConfig.prefetch_neurons
     expert_policy: Annotated[
@@ -140,9 +141,12 @@ class RunOptions:
             "Experts a layer to read ahead on a guess: auto (off where it loses), off, or how many.",
         ),
     ] = str(RunConfig.prefetch_experts)
-    lookahead: Annotated[int, _memory("--lookahead N", "Layers ahead to guess experts.", min=1, max=2)] = (
-        RunConfig.lookahead
-    )
+    lookahead: Annotated[
+        int | None,
+        _memory(
+            "--lookahead N", "Layers ahead to guess experts: 2 where memory takes many of them, else 1.", min=1, max=2
+        ),
+    ] = RunConfig.lookahead
     cache_bias: Annotated[
         float,
         _memory(

@@ -8,6 +8,7 @@ from .run import (
     FEW_TOKENS,
     MEASURED_MODEL,
     NEURON_BLOCK,
+    NEURON_GUESSES,
     NEURON_POLICIES,
     NEURON_STAGES,
     PLAIN_POLICIES,
@@ -20,7 +21,7 @@ from .sizes import GiB, KiB, MiB, format_size, parse_size
 
 __all__ = [
     "DEFAULT_CONTEXT", "DEFAULT_MAX_TOKENS", "EXPERT_POLICIES", "FEW_TOKENS", "MEASURED_MODEL", "NEURON_BLOCK",
-    "NEURON_POLICIES", "NEURON_STAGES", "PLAIN_POLICIES", "SLICE_BYTES", "SMALL_MODEL",
+    "NEURON_GUESSES", "NEURON_POLICIES", "NEURON_STAGES", "PLAIN_POLICIES", "SLICE_BYTES", "SMALL_MODEL",
     "DepthConfig", "GiB", "KiB", "MiB", "MlaConfig", "ModelConfig", "MoeConfig", "RopeConfig", "RunConfig",
     "SamplingParams", "WeightMap", "WeightRef", "format_size", "parse_size",
 ]  # fmt: skip

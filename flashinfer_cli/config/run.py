@@ -16,6 +16,7 @@ SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain
 MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
 NEURON_BLOCK = 256  # active neurons computed at once, while those of the next blocks are read
 FEW_TOKENS = 32  # of a pass that leaves to neurons the memory that a prompt's pass would take
+NEURON_GUESSES = 96  # neurons of a layer read before attention has said which: those of the highest scores
 NEURON_STAGES = 4  # such blocks on their way at once
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
@@ -39,11 +40,11 @@ class RunConfig:
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
-    prefetch_neurons: bool = False  # read what the next layer's predictor says of this layer's input ahead of need
+    prefetch_neurons: bool = True  # read the surest of what a layer's predictor says of its input before attention
     # Which experts stay; auto: foresight where a bundle is calibrated for it, else lfu.
     expert_policy: Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "auto"
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
-    lookahead: int = 1  # layers ahead to guess the experts of
+    lookahead: int | None = None  # layers ahead to guess the experts of; None: 2 where many fit in, else 1
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
     keep_top: int | None = None  # with it, the best that are chosen in any case; None: 1 of few experts, else 2
     # Below this share of its token's expert weights, an expert that is not here is served from its small copy; lossy
@@ -72,7 +73,7 @@ class RunConfig:
         if self.expert_policy not in ("auto", *EXPERT_POLICIES, "none"):
             known = ", ".join(("auto", *EXPERT_POLICIES, "none"))
             raise UsageError(f"--expert-policy is '{self.expert_policy}', which is not one of {known}.")
-        if not 1 <= self.lookahead <= 2:
+        if self.lookahead is not None and not 1 <= self.lookahead <= 2:
             raise UsageError(f"--lookahead is {self.lookahead}; it must be 1 or 2 layers.")
         if not self.cache_bias >= 0 or (self.keep_top is not None and self.keep_top < 0):
             raise UsageError("--cache-bias and --keep-top must be 0 or more.")

@@ -13,7 +13,7 @@ from ..cache.neurons import NeuronCache
 from ..cache.pinned import Pinned
 from ..config import FEW_TOKENS
 from ..kernels.activations import ACTIVATIONS
-from .demand import Demand
+from .demand import Demand, LowRankPredictor
 from .linear import Linear, RowSlice, Runtime
 
 WARM_TOKENS = 32  # of a prompt, the last: what they would have asked for is in the slots when it ends
@@ -81,22 +81,6 @@ class RecordFfn:
 
 
 @dataclass(frozen=True)
-class NextLayer:
-    """The layer behind, guessed from this one's input: its norm is put in the place of ours, its own FFN's demand
-    asked."""
-
-    layer: int
-    demand: Demand
-    scale: torch.Tensor  # float32 [d]
-    shift: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> np.ndarray:
-        """x [1, d], the input of this layer's FFN -> ids."""
-        x = x * self.scale
-        return self.demand(x if self.shift is None else x + self.shift)
-
-
-@dataclass(frozen=True)
 class SparseFfn:
     """Neuron records of which a token computes only those that `demand` names (2312.11514).
 
@@ -111,7 +95,6 @@ class SparseFfn:
     demand: Demand
     cache: NeuronCache | Pinned
     count: int  # neurons of the layer
-    behind: NextLayer | None = None  # whose neurons are read ahead of need
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]."""
@@ -126,18 +109,39 @@ class SparseFfn:
             one = x[row : row + 1]
             with rt.recorder.computing():
                 ids = self.demand(one)
-            self._add(one, ids, out[row : row + 1], rt, alone=len(x) == 1)
+            self._add(one, ids, out[row : row + 1], rt)
         return out if dense.down_bias is None else out.add_(dense.down_bias)
+
+    @property
+    def guesses(self) -> bool:
+        """Are neurons read before attention has said the last word on what is needed."""
+        return isinstance(self.cache, NeuronCache) and self.cache.guesses > 0
+
+    def worth_guessing(self) -> bool:
+        """Does that pay now."""
+        return isinstance(self.cache, NeuronCache) and self.cache.worth(self.layer)
+
+    def expect(self, x: torch.Tensor, rt: Runtime) -> None:
+        """While decoding: begin to read what x [1, d] names, the FFN's input as it is without attention's part."""
+        if isinstance(self.demand, LowRankPredictor) and self.worth_guessing():
+            with rt.recorder.computing():
+                scores = self.demand.scores(x)[0]
+            self.expect_scored(scores)
+
+    def expect_scored(self, scores: torch.Tensor) -> None:
+        """Begin to read the neurons of the highest scores [count], above zero."""
+        assert isinstance(self.cache, NeuronCache)
+        self.cache.guess(self.layer, scores.numpy())
 
     def of_named(self, x: torch.Tensor, ids: np.ndarray, rt: Runtime) -> torch.Tensor:
         """While decoding, x [1, d] through neurons `ids`, which `demand` names for it -> [1, d]."""
         if isinstance(self.cache, NeuronCache) and self.cache.have(True):
             rt.feed.rest()
         out = torch.zeros_like(x)
-        self._add(x, ids, out, rt, alone=True)
+        self._add(x, ids, out, rt)
         return out if self.dense.down_bias is None else out.add_(self.dense.down_bias)
 
-    def _add(self, one: torch.Tensor, ids: np.ndarray, into: torch.Tensor, rt: Runtime, alone: bool) -> None:
+    def _add(self, one: torch.Tensor, ids: np.ndarray, into: torch.Tensor, rt: Runtime) -> None:
         """into += what neurons `ids` contribute to one token."""
         dense = self.dense
         if rt.mode.here:
@@ -145,10 +149,6 @@ class SparseFfn:
         else:
             rt.recorder.neurons(self.layer, len(ids), self.count)
             arriving = iter(self.cache.fetch(self.layer, ids))
-            if self.behind is not None and isinstance(self.cache, NeuronCache) and alone and self.cache.guesses:
-                with rt.recorder.computing():
-                    guessed = self.behind(one)
-                self.cache.guess(self.behind.layer, guessed)
         for block, records in arriving:
             with rt.recorder.computing():
                 bias: tuple[torch.Tensor | None, torch.Tensor | None] | None = None

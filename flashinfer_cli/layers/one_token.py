@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 from weakref import ref
 
 import numpy as np
@@ -21,6 +22,18 @@ from .demand import LowRankPredictor
 from .linear import Linear, Runtime
 from .norm import Norm
 from .rope import Rope
+
+
+class Expect(Protocol):
+    """Who reads neurons before attention has said which."""
+
+    def worth_guessing(self) -> bool:
+        """Is it worth the while now."""
+        ...
+
+    def expect_scored(self, scores: torch.Tensor) -> None:
+        """The predictor's scores [count] of the FFN's input without what attention adds."""
+        ...
 
 
 class Bench:
@@ -92,10 +105,12 @@ class OneToken:
     ffn_norm: Norm
     predictor: LowRankPredictor | None
     bench: Bench
+    expect: Expect | None = None
     _steps: list[Program | Callable[[Runtime], object]] = field(default_factory=list)
     _kv: Callable[[], KVCache | None] = lambda: None  # the cache of keys and values,
     _changes: int = -1  # and the state of what is pinned, that the steps are for
     _hits: int = 0  # slices that programs use
+    _guess: Program | None = None  # what the predictor says of the input without what attention adds
 
     def __call__(
         self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime
@@ -111,6 +126,12 @@ class OneToken:
         self.bench.set(kv.length, self.attention.rope, rope_length)
         if self._hits:
             rt.recorder.cache(self._hits, 0)
+        if self._guess is not None and self.expect is not None and self.expect.worth_guessing():
+            assert self.predictor is not None
+            with rt.recorder.computing():
+                rt.kernels.run(self._guess)  # type: ignore[attr-defined]
+                scores = self._scores[0] + self.predictor.bias
+            self.expect.expect_scored(scores)
         for step in self._steps:
             if isinstance(step, Program):
                 with rt.recorder.computing():
@@ -131,6 +152,10 @@ class OneToken:
         hd, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
         keys, values = kv.keys[attention.layer], kv.values[attention.layer]
         h, out = bench.row("h", d), bench.row("out", d)
+        if self.expect is not None:
+            self._predict(x, h, rt)
+            self._guess = self._program(rt)
+            self._steps.clear()
         self._norm(self.attn_norm, x, h, rt)
         widths = heads * hd, kv_heads * hd, kv_heads * hd
         joint = bench.row("qkv", sum(widths))
@@ -151,14 +176,24 @@ class OneToken:
         if self.attn_post_norm is not None:
             self._norm(self.attn_post_norm, out, out, rt)
         self._program(rt).add(x, out)
+        self._predict(x, h, rt)
+        if self.predictor is not None:
+            scores, count = self._scores, len(self.predictor.bias)
+            self._program(rt).above_zero(scores, self.predictor.bias, bench.ids(count), bench.found)
+
+    @property
+    def _scores(self) -> torch.Tensor:
+        assert self.predictor is not None
+        return self.bench.row("scores", len(self.predictor.bias))
+
+    def _predict(self, x: torch.Tensor, h: torch.Tensor, rt: Runtime) -> None:
+        """h is the FFN's input from x; scores what its predictor says of it, but for the bias."""
         self._norm(self.ffn_norm, x, h, rt)
         if self.predictor is not None:
-            a, b = self.predictor.a, self.predictor.b
-            low, scores = bench.row("low", len(a.rows)), bench.row("scores", len(b.rows))
-            program = self._program(rt)
+            a, b, program = self.predictor.a, self.predictor.b, self._program(rt)
+            low = self.bench.row("low", len(a.rows))
             program.linear(h, a.rows, a.format, low, 0)
-            program.linear(low, b.rows, b.format, scores, 0)
-            program.above_zero(scores, self.predictor.bias, bench.ids(len(b.rows)), bench.found)
+            program.linear(low, b.rows, b.format, self._scores, 0)
 
     def _program(self, rt: Runtime) -> Program:
         """The one that goes on."""

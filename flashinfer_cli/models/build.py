@@ -13,17 +13,17 @@ from ..cache.pinned import Pinned
 from ..cache.slots import NeuronFile
 from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
-from ..config import NEURON_BLOCK, MlaConfig, ModelConfig, RunConfig
+from ..config import NEURON_BLOCK, NEURON_GUESSES, MlaConfig, ModelConfig, RunConfig
 from ..device import Device
 from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
 from ..layers.demand import Demand, LowRankPredictor
 from ..layers.embedding import Embedding
-from ..layers.ffn import DenseFfn, NextLayer, RecordFfn, SparseFfn
+from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
 from ..layers.latent import LatentAttention
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
-from ..layers.moe import MoeFfn, rescale
+from ..layers.moe import MoeFfn
 from ..layers.norm import Norm
 from ..layers.one_token import Bench, OneToken, fits
 from ..layers.recurrent import Lstm
@@ -90,7 +90,7 @@ class Builder:
 
     # ---- neurons
     def use_neurons(
-        self, predictors: Mapping[int, Demand], wants: Mapping[int, float], policy: str, window: int, guesses: bool
+        self, predictors: Mapping[int, Demand], wants: Mapping[int, float], policy: str, window: int, guesses: int
     ) -> None:
         """Make slots for the neurons of the layers that have predictors, by the share of them that each wants."""
         self.predictors = predictors
@@ -208,21 +208,8 @@ class Builder:
                     part.slice.home.view(part.rows, -1) for part in layer.record_parts if part.slice.home is not None
                 ]
                 self.neurons.homes[index] = (homes, layer.record_parts[0].rows)
-            return SparseFfn(
-                index, dense, self.predictors[index], self.neurons, layer.records.count, self._behind(index)
-            )
+            return SparseFfn(index, dense, self.predictors[index], self.neurons, layer.records.count)
         return self._dense(index, layer, "")
-
-    def _behind(self, index: int) -> NextLayer | None:
-        """The next layer that has a predictor, for guesses of its neurons; one norm must turn into the other."""
-        layer = min((i for i in self.predictors if i > index), default=-1)
-        now, then = self._norm(index, "ffn_norm"), self._norm(layer, "ffn_norm")
-        if now is None or then is None or now.weight is None or then.weight is None:
-            return None
-        scale, shift = rescale(now.weight, then.weight), None
-        if now.bias is not None and then.bias is not None:
-            shift = then.bias - now.bias * scale
-        return NextLayer(layer, self.predictors[layer], scale, shift)
 
     def _dense(self, index: int, layer: LayerLayout, prefix: str) -> DenseFfn:
         def matrix(role: str) -> Linear | None:
@@ -273,7 +260,10 @@ class Builder:
         assert isinstance(attention, Attention) and block.ffn_norm is not None
         demand = block.ffn.demand if isinstance(block.ffn, SparseFfn) else None
         predictor = demand if isinstance(demand, LowRankPredictor) else None
-        return OneToken(attention, block.attn_norm, block.attn_post_norm, block.ffn_norm, predictor, self._bench)
+        expect = block.ffn if isinstance(block.ffn, SparseFfn) and predictor is not None and block.ffn.guesses else None
+        return OneToken(
+            attention, block.attn_norm, block.attn_post_norm, block.ffn_norm, predictor, self._bench, expect
+        )
 
     def build(
         self,
@@ -294,7 +284,8 @@ class Builder:
         if has_experts(layout):
             self.experts = ExpertBuilder(self.config, layout, plan, rt, run, self._get, probes or {})
         if predictors:
-            self.use_neurons(predictors, wants or {}, run.neuron_policy, run.window, run.prefetch_neurons)
+            guesses = NEURON_GUESSES * run.prefetch_neurons
+            self.use_neurons(predictors, wants or {}, run.neuron_policy, run.window, guesses)
         config = self.config
         projections = {role: self._linear(-1, role, matrix) for role, matrix in layout.model.items()}
         embed_info = self.tensors[layout.embed_tensor]

@@ -55,6 +55,9 @@ class Block:
             x = self.attn_norm(x + self.attention(x, kv, rope_length, rt))
             return self.ffn_norm(x + self.ffn(x, rt))
         h = self.attn_norm(x)
+        alone = rt.mode.decoding and len(x) == 1 and not rt.mode.here
+        if alone and isinstance(self.ffn, SparseFfn) and self.ffn.guesses:
+            self.ffn.expect(h if self.ffn_norm is None else self.ffn_norm(x), rt)
         a = self.attention(h, kv, rope_length, rt)
         if self.parallel:
             f = self.ffn(h if self.ffn_norm is None else self.ffn_norm(x), rt)

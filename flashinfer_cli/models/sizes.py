@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..config import NEURON_BLOCK, NEURON_STAGES, MiB, ModelConfig, RunConfig
+from collections.abc import Mapping
+
+from ..config import NEURON_BLOCK, NEURON_GUESSES, NEURON_STAGES, MiB, ModelConfig, RunConfig
 from ..layers.attention import SCORE_BYTES
 from ..plan import Sizes
 from ..store.spans import span_of
@@ -25,8 +27,10 @@ def _inside_first(layout: ModelLayout) -> tuple[int, ...]:
     return (*places.values(), *first)  # what no layer has, projections in and out, stays before all
 
 
-def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
-    """What the plan needs to know, in bytes."""
+def sizes_of(
+    layout: ModelLayout, config: ModelConfig, run: RunConfig, named: Mapping[int, float] | None = None
+) -> Sizes:
+    """What the plan needs to know, in bytes. `named`: the share of its neurons that a layer's predictor names."""
     spans = tuple(s.span.nbytes for s in (*layout.body, *layout.head.slices))
     experts = [layer.expert_extents for layer in layout.layers if layer.expert_extents]
     moe = config.moe
@@ -69,9 +73,10 @@ def sizes_of(layout: ModelLayout, config: ModelConfig, run: RunConfig) -> Sizes:
         seldom=(*layout.on_demand, *(False for _ in layout.head.slices)),
         demand=max((layer.demanded for layer in layout.layers), default=0),
         neurons=sum(layer.neuron_bytes for layer in layout.layers),
+        named=int(sum(share * layout.layers[index].neuron_bytes for index, share in (named or {}).items())),
         neuron_block=max(
             (
-                (3 if run.prefetch_neurons else 1) * NEURON_STAGES * NEURON_BLOCK * layer.records.width_bytes
+                (NEURON_STAGES * NEURON_BLOCK + NEURON_GUESSES * run.prefetch_neurons) * layer.records.width_bytes
                 for layer in layout.layers
                 if layer.sparse and layer.records is not None
             ),

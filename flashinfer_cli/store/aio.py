@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import platform
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,20 +27,37 @@ IOCB = np.dtype(
     ]
 )  # fmt: skip
 EVENT = np.dtype([("data", "<u8"), ("obj", "<u8"), ("res", "<i8"), ("res2", "<i8")])
+NOW = (ctypes.c_long * 2)(0, 0)  # a timespec: do not wait
 IOVEC = np.dtype([("base", "<u8"), ("len", "<u8")])
 
 
-class Aio:
-    """A context of one thread's own. `read` returns when all of a batch has ended."""
+@dataclass
+class Batch:
+    """Reads handed over together: `got` int64, the bytes each brought or -errno; `kept` is what they work on."""
 
-    def __init__(self, context: ctypes.c_ulong, calls: tuple[int, int, int, int]) -> None:
-        self._context, self._calls = context, calls
+    jobs: np.ndarray
+    pointers: np.ndarray
+    got: np.ndarray
+    kept: tuple[object, ...]
+    begun: int = 0
+    left: int = 0
+
+
+class Aio:
+    """A context of `depth` reads in flight, for one thread at a time. `read` returns when all of a batch has ended;
+    `begin` when it is handed over, as far as there is room, and `end` waits for it."""
+
+    def __init__(self, context: ctypes.c_ulong, calls: tuple[int, int, int, int], depth: int) -> None:
+        self._context, self._calls, self.depth = context, calls, depth
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._syscall.restype = ctypes.c_long
-        self._events = np.zeros(DEPTH, EVENT)
+        self._events = np.zeros(depth, EVENT)
+        self._batches: dict[int, Batch] = {}  # under way, by number
+        self._number = 0
+        self._flight = 0
 
     @classmethod
-    def open(cls) -> Aio | None:
+    def open(cls, depth: int = DEPTH) -> Aio | None:
         """None where the system has no such calls, or no context to spare."""
         calls = CALLS.get(platform.machine())
         if not sys.platform.startswith("linux") or calls is None or sys.byteorder != "little":
@@ -48,49 +65,84 @@ class Aio:
         syscall = ctypes.CDLL(None, use_errno=True).syscall
         syscall.restype = ctypes.c_long
         context = ctypes.c_ulong(0)
-        if syscall(ctypes.c_long(calls[0]), ctypes.c_uint(DEPTH), ctypes.byref(context)) != 0:
+        if syscall(ctypes.c_long(calls[0]), ctypes.c_uint(depth), ctypes.byref(context)) != 0:
             return None
-        return cls(context, calls)
+        return cls(context, calls, depth)
 
     def close(self) -> None:
+        """Returns when what is under way has ended."""
         self._syscall(ctypes.c_long(self._calls[1]), self._context)
+        self._batches.clear()
 
     def read(self, fd: int, offsets: np.ndarray, first: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Read i goes from offsets[i] of the file into memory views[first[i] : first[i + 1]] (IOVEC), one after the
         other; returns the bytes each brought, or less than zero: -errno. Raises OSError when none can be begun."""
+        return self.end(self.begin(fd, offsets, first, views, ()))
+
+    def begin(
+        self, fd: int, offsets: np.ndarray, first: np.ndarray, views: np.ndarray, kept: tuple[object, ...]
+    ) -> Batch:
+        """`read`, begun; `kept` is what must live until then."""
         count = len(offsets)
         jobs = np.zeros(count, IOCB)
-        jobs["data"], jobs["opcode"], jobs["fd"], jobs["offset"] = np.arange(count), PREADV, fd, offsets
+        number = self._number = (self._number + 1) % (1 << 30)
+        jobs["data"], jobs["opcode"], jobs["fd"] = (number << 32) + np.arange(count), PREADV, fd
+        jobs["offset"], jobs["nbytes"] = offsets, np.diff(first)
         jobs["buf"] = views.ctypes.data + first[:-1] * IOVEC.itemsize
-        jobs["nbytes"] = np.diff(first)
         pointers = jobs.ctypes.data + IOCB.itemsize * np.arange(count, dtype=np.uint64)
-        got = np.zeros(count, np.int64)
-        begun = ended = 0
-        failed = 0
-        while ended < (count if not failed else begun):
-            room = min(count - begun, DEPTH - (begun - ended)) if not failed else 0
-            if room:
-                done = self._syscall(
-                    ctypes.c_long(self._calls[2]), self._context, ctypes.c_long(room),
-                    ctypes.c_void_p(pointers.ctypes.data + 8 * begun),
-                )  # fmt: skip
-                if done > 0:
-                    begun += done
-                elif ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN) or begun == ended:
-                    failed = ctypes.get_errno()  # what is under way must end before its memory may go
-                    continue
-            flight = begun - ended
-            if not flight:
+        batch = Batch(jobs, pointers, np.zeros(count, np.int64), (views, kept), 0, count)
+        self._batches[number] = batch
+        self._submit(batch)
+        return batch
+
+    def end(self, batch: Batch, wait: bool = True) -> np.ndarray:
+        """What came of it. Without `wait` only what has ended by now is taken: `batch.left` says how many have not."""
+        while batch.left:
+            self._submit(batch)
+            if not self._collect(batch, wait):
                 break
-            least = flight if begun == count or failed else max(1, flight // 4)
-            arrived = self._syscall(
-                ctypes.c_long(self._calls[3]), self._context, ctypes.c_long(least), ctypes.c_long(flight),
-                ctypes.c_void_p(self._events.ctypes.data), None,
+        return batch.got
+
+    def _submit(self, batch: Batch) -> None:
+        """Hand over what of a batch is not, while there is room. Raises OSError where none of it is under way."""
+        while batch.begun < len(batch.jobs) and self._flight < self.depth:
+            room = min(len(batch.jobs) - batch.begun, self.depth - self._flight)
+            done = self._syscall(
+                ctypes.c_long(self._calls[2]), self._context, ctypes.c_long(room),
+                ctypes.c_void_p(batch.pointers.ctypes.data + 8 * batch.begun),
             )  # fmt: skip
-            if arrived > 0:
-                events = self._events[:arrived]
-                got[events["data"]] = events["res"]
-                ended += arrived
-        if failed:
-            raise OSError(failed, os.strerror(failed))
-        return got
+            if done > 0:
+                batch.begun += done
+                self._flight += done
+                continue
+            error = ctypes.get_errno()
+            if error == errno.EINTR:
+                continue
+            if error == errno.EAGAIN and self._flight:  # what is under way makes room
+                return
+            batch.got[batch.begun :] = -error  # it could not be begun
+            batch.left -= len(batch.jobs) - batch.begun
+            batch.begun = len(batch.jobs)
+
+    def _collect(self, batch: Batch, wait: bool) -> bool:
+        """Note what has ended, of this batch and others; False where nothing had, or nothing of it is under way."""
+        if not self._flight:
+            return False
+        open_ = batch.left - (len(batch.jobs) - batch.begun)  # of it, under way
+        least = 0 if not wait else max(1, min(open_ if batch.begun == len(batch.jobs) else 1, self.depth))
+        arrived = self._syscall(
+            ctypes.c_long(self._calls[3]), self._context, ctypes.c_long(least), ctypes.c_long(self.depth),
+            ctypes.c_void_p(self._events.ctypes.data), None if wait else ctypes.byref(NOW),
+        )  # fmt: skip
+        if arrived <= 0:
+            return wait  # interrupted: once more
+        events = self._events[:arrived]
+        self._flight -= int(arrived)
+        owners, places = events["data"] >> np.uint64(32), events["data"] & np.uint64(0xFFFFFFFF)
+        for number in np.unique(owners).tolist():
+            mine, owner = owners == number, self._batches[number]
+            owner.got[places[mine]] = events["res"][mine]
+            owner.left -= int(mine.sum())
+            if not owner.left:
+                del self._batches[number]
+        return True

@@ -18,6 +18,7 @@ from ..checkpoint.base import Extent
 from ..config import KiB
 from ..errors import StorageError
 from ..recorder import Recorder
+from .aio import Batch
 from .reader import Reader
 from .scatter import GAP_BYTES, Pieces, lay_out
 from .spans import ALIGN, Span, span_of
@@ -56,6 +57,25 @@ class Ticket:
     def end(self) -> None:
         """Wait, whatever comes of it: the memory is not written to any more."""
         self._done.wait()
+
+
+class Handed(Ticket):
+    """A batch of reads that the asking thread handed to the kernel itself."""
+
+    __slots__ = ("batch", "path", "pieces", "store")
+
+    def __init__(self, kind: str, useful: int, store: FlashStore, path: Path, pieces: Pieces, batch: Batch) -> None:
+        super().__init__(kind, tuple(pieces.sizes.tolist()), useful, 1)
+        self.store, self.path, self.pieces, self.batch = store, path, pieces, batch
+
+    @property
+    def ready(self) -> bool:
+        return self._done.is_set() or self.store.end(self, wait=False)
+
+    def wait(self) -> None:
+        if not self._done.is_set():
+            self.store.end(self)
+        super().wait()
 
 
 # Ticket, file, offset and where to; or a batch of reads of records and None.
@@ -134,13 +154,18 @@ class FlashStore:
 
         ids and addresses int64 [n]; `memory` is what the addresses stand in, which must live until then. Records whose
         neighbours are wanted too come in one read, scattered to their places; so do those a small gap apart, the gap
-        going to a place of its own. Reads are dealt to a few threads in batches, each of which hands its own to the
-        kernel at once (`aio`), or goes through them one by one. `base` and `width` are multiples of `scatter.SECTOR`.
-        What is `urgent` goes before all that is queued.
+        going to a place of its own. The calling thread hands them to the kernel (`aio`): to give them to another costs
+        as much, and then both want the interpreter. Where it cannot, they are dealt to a few threads in batches, and
+        what is `urgent` goes before all that is queued. `base` and `width` are multiples of `scatter.SECTOR`.
         """
         gap = max(0, GAP_BYTES // width)
         pieces = lay_out(ids, addresses, width, base, gap, memory, self._waste(gap * width))
         count = len(pieces)
+        batch = self.reader.begin(path, pieces) if count else None
+        if batch is not None:
+            with self._state:
+                self._begin()
+            return Handed(kind, len(ids) * width, self, path, pieces, batch)
         batches = max(1, min(self.threads, RECORD_BATCHES, count // RECORD_BATCH_LEAST)) if count else 0
         ticket = Ticket(kind, tuple(pieces.sizes.tolist()), len(ids) * width, batches)
         self._enqueue([(ticket, path, pieces.part(i, batches), None) for i in range(batches)], urgent)
@@ -217,9 +242,7 @@ class FlashStore:
                     self._state.wait()
                 request = self._queue.popleft() if self._queue else None
                 if request is not None:
-                    if self._in_flight == 0:
-                        self._busy_since = time.perf_counter()
-                    self._in_flight += 1
+                    self._begin()
                 elif self._closed and ended is None:
                     self.reader.end_thread()
                     return
@@ -234,6 +257,29 @@ class FlashStore:
                         self._read_one(request)
                     except Exception as caught:
                         error = caught
+
+    def _begin(self) -> None:
+        """Book a request as begun. Called with the lock held."""
+        if self._in_flight == 0:
+            self._busy_since = time.perf_counter()
+        self._in_flight += 1
+
+    def end(self, ticket: Handed, wait: bool = True) -> bool:
+        """Whether the reads of a ticket have ended, and then book them."""
+        error: Exception | None = None
+        try:
+            if not self.reader.end(ticket.path, ticket.pieces, ticket.batch, wait):
+                return False
+        except Exception as caught:
+            error = caught
+        with self._state:
+            if ticket._done.is_set():
+                return True
+            self._finish(ticket, error)
+        if error is None:
+            self.recorder.io(ticket.kind, ticket.sizes, ticket.useful)
+        ticket._done.set()
+        return True
 
     def _finish(self, ticket: Ticket, error: Exception | None) -> Ticket | None:
         """Book a request as ended; returns its ticket when that was the last of it. Called with the lock held."""
@@ -273,7 +319,7 @@ class FlashStore:
         for ticket in left:  # nobody is to wait for what will not come
             ticket.error = ticket.error or StorageError("The file was closed before it was read.")
             ticket._done.set()
-        self.reader.files.close()
+        self.reader.close()
 
     def __enter__(self) -> FlashStore:
         return self

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CorruptCheckpointError, StorageError
-from .aio import Aio
+from .aio import Aio, Batch
 from .files import Files
 from .scatter import Pieces, read_one_by_one
 from .spans import ALIGN
+
+CALLERS_DEPTH = 512  # reads in flight that their callers began
 
 
 class Reader:
@@ -23,6 +25,9 @@ class Reader:
         self.files = Files(direct)
         self.batched = True  # records by Aio, where there is any
         self._own = threading.local()
+        self._lock = threading.Lock()
+        self._callers: Aio | None = None  # what `begin` hands reads to, once it is asked for
+        self._asked = False
 
     def read(self, path: Path, offset: int, target: memoryview) -> None:
         """Fill `target` from `offset` on, as far as the file goes; both aligned to ALIGN.
@@ -56,17 +61,52 @@ class Reader:
         read = read_one_by_one if aio is None else aio.read
         try:
             got = read(fd, pieces.offsets, pieces.first, pieces.views)
-            if (got < 0).any():
-                raise OSError(-int(got.min()), os.strerror(-int(got.min())))
         except OSError as error:
-            if direct and error.errno == errno.EINVAL:
+            got = np.full(len(pieces), -(error.errno or errno.EIO))
+        self._check(path, pieces, got, direct)
+
+    def _check(self, path: Path, pieces: Pieces, got: np.ndarray, direct: bool) -> None:
+        """Read again, buffered, what the drive would not give by sectors; raise where something else went wrong."""
+        least = int(got.min(initial=0))
+        if least < 0:
+            if direct and -least == errno.EINVAL:
                 self.files.refuse_sectors()
                 return self.scatter(path, pieces)
-            raise StorageError(f"Reading {path} failed: {error.strerror}.") from error
+            raise StorageError(f"Reading {path} failed: {os.strerror(-least)}.")
         short = np.flatnonzero(got != pieces.sizes)
         if len(short):
             end = int(pieces.offsets[short[0]] + got[short[0]])
             raise CorruptCheckpointError(f"{path} ended at byte {end}: it has shrunk since it was opened.")
+
+    # ---- by the thread that asks
+    def begin(self, path: Path, pieces: Pieces) -> Batch | None:
+        """Hand records' reads to the kernel here and now; None where there is no Aio for it."""
+        fd, direct = self.files.open_for_sectors(path)
+        if not direct or not self.batched:
+            return None
+        with self._lock:
+            if not self._asked:
+                self._asked, self._callers = True, Aio.open(CALLERS_DEPTH)
+            if self._callers is None:
+                return None
+            return self._callers.begin(fd, pieces.offsets, pieces.first, pieces.views, pieces.memory)
+
+    def end(self, path: Path, pieces: Pieces, batch: Batch, wait: bool = True) -> bool:
+        """Whether a batch has ended; raises as `scatter` does."""
+        with self._lock:
+            assert self._callers is not None
+            got = self._callers.end(batch, wait)
+        if batch.left:
+            return False
+        self._check(path, pieces, got, True)
+        return True
+
+    def close(self) -> None:
+        """Let what callers began end, and close the files."""
+        if self._callers is not None:
+            self._callers.close()
+            self._callers = None
+        self.files.close()
 
     def _aio(self) -> Aio | None:
         """This thread's own; None where there is none."""
