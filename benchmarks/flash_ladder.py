@@ -1,6 +1,7 @@
 """The ladder of LLM in a Flash (2312.11514, Table 2): bytes and time a token as its parts come in one by one.
 
-    python -m benchmarks.papers flash-ladder [BUNDLE] [--share 0.5] [--tokens N] [--text FILE | --random]
+    python -m benchmarks.papers flash-ladder [BUNDLE] [--share 0.5] [--tokens N] [--text FILE | --random] [--window K]
+                                             [--kept FOLDER [--prepare]]
 
 BUNDLE is calibrated; without one, the zoo's ReLU model is bundled and calibrated first. Memory for weights is a share
 of the model in every row but the first, which keeps nothing:
@@ -14,8 +15,9 @@ of the model in every row but the first, which keeps nothing:
     + recent      slots keep what was demanded last, however long ago, instead of a window; not in the paper
     + ahead       the next layer's neurons are read on a guess; not in the paper
 
-Reads are direct: nothing is in the page cache. The tokens are given, the same for every row; bytes are means, times
-medians over them.
+The parts and the reordered bundle are written beside BUNDLE and removed, or stay in --kept for the next call; --prepare
+does no more than write them. Reads are direct: nothing is in the page cache. The tokens are given, the same for every
+row; bytes are means, times medians over them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import argparse
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -97,7 +99,8 @@ def take_apart(bundle: Path, folder: Path) -> dict[tuple[Path, int], list[Neuron
         part: RecordPart
         for part in layout.parts:
             file = folder / f"{layer}.{part.role}"
-            rows[:, part.offset : part.offset + part.nbytes].tofile(file)
+            if not file.exists():
+                rows[:, part.offset : part.offset + part.nbytes].tofile(file)
             parts.append(NeuronFile(file, 0, layout.count, part.nbytes))
         found[info.path, info.offset] = parts
     return found
@@ -243,6 +246,13 @@ def token_ids(given: argparse.Namespace, bundle: Path, count: int) -> list[int]:
     return opened.tokenizer.encode(text[-len(text) // 4 :])[:count]
 
 
+def _folder(given: argparse.Namespace) -> AbstractContextManager[str]:
+    if given.kept is None:
+        return tempfile.TemporaryDirectory(dir=given.bundle.parent if given.bundle else None)
+    given.kept.mkdir(parents=True, exist_ok=True)
+    return nullcontext(str(given.kept))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?", help="calibrated; default: the zoo's ReLU model")
@@ -252,18 +262,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="default: held-out stories")
     parser.add_argument("--random", action="store_true", help="random ids instead of a text")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--window", type=int, metavar="K", help="tokens that the window spans")
+    parser.add_argument("--kept", type=Path, metavar="FOLDER", help="where parts and the reordered bundle stay")
+    parser.add_argument("--prepare", action="store_true", help="only write them")
     given = parser.parse_args(arguments)
     if given.share is None:  # of the zoo's model attention and embedding are 41%
         given.share = 0.5 if given.bundle else 0.65
-    with tempfile.TemporaryDirectory(dir=given.bundle.parent if given.bundle else None) as scratch:
+    with _folder(given) as scratch:
         bundle = given.bundle or fc.bundle(zoo.path_of("stories-relu"), Path(scratch) / "stories-relu")
         if read_sparsity(bundle) is None:
             calibrate(bundle, read_text(given.text or zoo.HELD_OUT), RunConfig())
         sparsity = read_sparsity(bundle)
         assert sparsity is not None
-        (Path(scratch) / "parts").mkdir()
+        (Path(scratch) / "parts").mkdir(exist_ok=True)
         parted = in_parts(take_apart(bundle, Path(scratch) / "parts"))
-        ordered = reorder(bundle, Path(scratch) / "ordered")
+        ordered = Path(scratch) / "ordered"
+        if not ordered.exists():
+            reorder(bundle, ordered)
+        if given.prepare:
+            return
         ids = token_ids(given, bundle, given.prompt + given.tokens + WARM + 1)
         predictors = sum(layer.bytes for layer in sparsity.layers)
         rows = []
@@ -271,6 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
             if given.rows and row.name not in given.rows:
                 continue
             with arranged(row, given.share, predictors, parted if row.apart else NeuronCache):
+                options = dict(row.options) | ({"window": given.window} if given.window else {})
+                row = replace(row, options=tuple(options.items()))
                 rows.append(run(ordered if row.ordered else bundle, ids, given.prompt, row))
         whole = open_model(bundle).weight_bytes
         drive = drive_rate(max(bundle.glob("*.safetensors"), key=lambda path: path.stat().st_size))

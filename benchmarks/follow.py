@@ -1,7 +1,7 @@
 """How often a small instruct model does what it is asked, on rows of examples/instruct_rows.py that it has not seen.
 
-Greedy, each row a conversation of its own. Beside it what the answers would score if each belonged to another row of
-its kind: what is right by accident.
+Greedy, each row a conversation of its own, with the turns that it says went before. Beside it what the answers would
+score if each belonged to another row of its kind: what is right by accident.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ JUDGES: dict[str, tuple[str, Callable[[Row, str], float]]] = {
     "repeat": ("the same sentence", same),
     "name": ("the right name", same),
     "who": ("the right name and kind", same),
+    "colour": ("the right colour", same),
+    "said": ("the same words", same),
+    "greeting": ("the name that was given", same),
     "fairytaleqa": ("F1 of the answer's words", overlap),
 }
 
@@ -101,9 +104,14 @@ def main(argv: list[str]) -> None:
         nats = answers_nats(engine, rows) if given.loss else None
         for kind, (what, judge) in JUDGES.items():
             asked = [row for row in rows if row["source"] == kind][: given.rows]
+            if not asked:
+                continue
             answers, stopped = [], 0
             for row in asked:
-                events = list(engine.chat().send(question(row), sampling))
+                chat = engine.chat()
+                for earlier, _ in row.get("history", ()):
+                    list(chat.send(earlier, sampling))  # its own answers are what it goes on from
+                events = list(chat.send(question(row), sampling))
                 answers.append("".join(event.text for event in events).strip())
                 stopped += events[-1].finish_reason == "stop"
             shifted = answers[1:] + answers[:1]

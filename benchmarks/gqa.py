@@ -1,7 +1,8 @@
 """Figure 4 of 2305.13245 at small scale: mean, first and random conversion of heads, before and after uptraining.
 
 For each seed a model with 8 key/value heads is trained here and made into one with a single one; `--zoo NAME` takes a
-model of the zoo instead, whose seeds are then only those of the uptraining.
+model of the zoo instead, whose seeds are then only those of the uptraining. With `--kept FILE` runs that are lines of
+that JSONL file are not repeated, and others become lines.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from flashinfer_cli.training.shape import Shape
 
 from .figure import bars
 from .machine import emit
-from .small_runs import NOWHERE, SHAPE, arguments, corpus_of, judge, run, small, table
+from .small_runs import NOWHERE, SHAPE, Kept, arguments, corpus_of, judge, run, small, table
 
 SEEDS = 3
 SHARES = (0.0, 0.05, 0.10)  # of the tokens that the model was trained on
@@ -31,9 +32,10 @@ TOKENS = 1024  # of a step, as `small` has them
 
 
 def main(argv: list[str]) -> None:
-    """--zoo NAME; --steps are of the training, or the most of each uptraining of a zoo model."""
-    name = argv.pop(argv.index("--zoo") + 1) if "--zoo" in argv else None
-    given = arguments([word for word in argv if word != "--zoo"], __doc__ or "", steps=500)
+    """--zoo NAME, --kept FILE; --steps are of the training, or the most of each uptraining of a zoo model."""
+    name, path = take(argv, "--zoo"), take(argv, "--kept")
+    given = arguments(argv, __doc__ or "", steps=500)
+    kept = Kept(Path(path) if path else None)
     source = None if name is None else zoo.path_of(name)
     shape = replace(SHAPE, **MHA) if source is None else load_decoder(source).shape
     corpus = corpus_of(replace(small({}, 1, given.seed), shape=shape), given.data)
@@ -41,8 +43,15 @@ def main(argv: list[str]) -> None:
     wanted = [round(trained * share) for share in SHARES]
     if source is not None:
         wanted = [steps for steps in wanted if steps <= given.steps]
+    keys = [f"after {steps} steps" for steps in wanted]
     rows: list[dict[str, Any]] = []
     for seed in range(given.seed, given.seed + SEEDS):
+        done = [
+            found for method in METHODS if (found := kept.find(method=method, seed=seed)) and set(keys) <= set(found)
+        ]
+        if len(done) == len(METHODS):
+            rows += done
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             start = source
             if start is None:
@@ -54,9 +63,9 @@ def main(argv: list[str]) -> None:
             for method in METHODS:
                 convert_heads(start, Path(scratch) / method, 1, method=method, seed=seed)
                 row: dict[str, Any] = {"method": method, "seed": seed, "original": original}
-                for steps in wanted:
-                    row[f"after {steps} steps"] = uptrained(Path(scratch) / method, shape, corpus, steps, seed)
-                rows.append(row)
+                for key, steps in zip(keys, wanted, strict=True):
+                    row[key] = uptrained(Path(scratch) / method, shape, corpus, steps, seed)
+                rows.append(kept.add(row))
                 print(row, file=sys.stderr, flush=True)
     columns = tuple(rows[0])
     table(columns, [tuple(row.values()) for row in rows])
@@ -68,6 +77,16 @@ def main(argv: list[str]) -> None:
     title = f"{name or '8 heads trained here'}, {shape.num_key_value_heads} to 1 key/value heads: held-out nats a token"
     bars(given.figure, title, means, start=float(int(min(n for _, n in means))))
     emit("gqa", rows, seed=given.seed, model=name or "trained here", shares=SHARES, steps=wanted)
+
+
+def take(argv: list[str], option: str) -> str | None:
+    """The value of an option, which is removed; None where it is not given."""
+    if option not in argv:
+        return None
+    at = argv.index(option)
+    value = argv[at + 1]
+    del argv[at : at + 2]
+    return value
 
 
 def judged(folder: Path, corpus: Corpus) -> float:

@@ -123,7 +123,7 @@ def accelerate(model: str, prompt: int, tokens: int, memory: int | None, threads
     with tempfile.TemporaryDirectory(dir=Path(model).parent) as folder, torch.inference_mode():
         limit = None if memory is None else {"cpu": memory}
         loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, device_map="auto", max_memory=limit, offload_folder=folder
+            model, dtype="auto", device_map="auto", max_memory=limit, offload_folder=folder
         )
         cache: Any = None
 

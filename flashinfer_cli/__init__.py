@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .apps.bundling import bundle
     from .config import ModelConfig, RunConfig, SamplingParams
     from .decoding.generate import TokenEvent
-    from .engine import Engine, load
+    from .engine import Engine
+    from .loading import load
     from .report import RunReport
 
 try:
@@ -28,7 +29,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0"
 
 _HOMES = {
-    "load": "engine", "bundle": "apps.bundling", "Engine": "engine", "TokenEvent": "decoding.generate", "RunReport":
+    "load": "loading", "bundle": "apps.bundling", "Engine": "engine", "TokenEvent": "decoding.generate", "RunReport":
     "report", "ModelConfig": "config", "RunConfig": "config", "SamplingParams": "config",
 }  # fmt: skip
 __all__ = ["Engine", "ModelConfig", "RunConfig", "RunReport", "SamplingParams", "TokenEvent", "bundle", "load"]

@@ -10,7 +10,8 @@ import ctypes
 import mmap
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,18 +160,35 @@ def peak_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def tame_allocator() -> None:
-    """Make glibc give large blocks back at once, so that peak memory follows what is in use, and keep few arenas."""
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # of mallopt, from glibc's <malloc.h>
+LARGEST_THRESHOLD = 32 << 20  # bytes: what glibc takes for MMAP_THRESHOLD
+
+
+def _tell_allocator(*options: tuple[int, int]) -> None:
     if not sys.platform.startswith("linux"):
         return
-    try:
+    with suppress(OSError, AttributeError):  # another C library: its own habits stand
         libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # <malloc.h>
-        libc.mallopt(mmap_threshold, 4 << 20)
-        libc.mallopt(trim_threshold, 8 << 20)
-        libc.mallopt(arena_max, 2)
-    except (OSError, AttributeError):  # another C library: its own habits stand
-        return
+        for option, value in options:
+            libc.mallopt(option, value)
+
+
+def tame_allocator() -> None:
+    """Make glibc give large blocks back at once, so that peak memory follows what is in use, and keep few arenas."""
+    _tell_allocator((MMAP_THRESHOLD, 4 << 20), (TRIM_THRESHOLD, 8 << 20), (ARENA_MAX, 2))
+
+
+@contextmanager
+def reusing_pages() -> Iterator[None]:
+    """Let glibc keep large blocks for the next ones of their size, and give them back at the end: for work that asks
+    for the same few again and again, as every layer of a prompt does. Fresh pages cost more than what is written in
+    them."""
+    _tell_allocator((MMAP_THRESHOLD, LARGEST_THRESHOLD), (TRIM_THRESHOLD, 1 << 30))
+    try:
+        yield
+    finally:
+        tame_allocator()
+        release_free_memory()
 
 
 def release_free_memory() -> None:

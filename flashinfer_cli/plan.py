@@ -160,7 +160,7 @@ def make_plan(
     if budget < least:
         raise BudgetError(
             f"The memory budget of {format_size(budget)} is too small: this model needs at least "
-            f"{format_size(least)} ({least / MiB:.0f}MiB) with a context of {context} tokens.",
+            f"{format_size(least)} with a context of {context} tokens.",
             f"Give --memory {-(-least // MiB)}MiB or more" + (", or a smaller --context." if kv > 16 * MiB else "."),
             least=least,
         )

@@ -10,7 +10,7 @@ from .recorder import PHASES, PhaseName, Recorder, Step
 
 __all__ = [
     "PHASES", "PhaseReport", "PlanPart", "Recorder", "RunReport", "Step", "expert_rows", "io_rows", "layer_rows",
-    "phase_report",
+    "phase_report", "readings",
 ]  # fmt: skip
 
 
@@ -112,6 +112,19 @@ class RunReport:
         parts.append(f"peak {format_size(self.peak)} of {format_size(self.budget)}")
         parts.append(self.exactness)
         return " · ".join(parts)
+
+
+def readings(recorder: Recorder) -> dict[str, Any]:
+    """The fields of a RunReport that counters fill."""
+    return {
+        **{phase: phase_report(recorder, phase) for phase in PHASES},
+        "layers": layer_rows(recorder),
+        "io": io_rows(recorder),
+        "request_sizes": dict(sorted(recorder.sizes.items())),
+        "steps": tuple(recorder.steps),
+        "wasted_bytes": recorder.wasted_bytes,
+        "experts": expert_rows(recorder),
+    }
 
 
 def phase_report(recorder: Recorder, phase: PhaseName) -> PhaseReport:

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from flashinfer_cli.config import MiB
 from flashinfer_cli.errors import BudgetError, CheckpointNotFoundError, ContextError, TokenizerError
-from flashinfer_cli.report import PlanPart, Recorder, RunReport, io_rows, layer_rows, phase_report
+from flashinfer_cli.recorder import Recorder
+from flashinfer_cli.report import PlanPart, RunReport, readings
 
 WORDS = ["The", " sky", " is", " blue", "."]
 
@@ -100,14 +101,7 @@ def make_report(layers: int = 8, decode: int = 12, drive: bool = True) -> RunRep
         plan=plan.parts,
         resident_bytes=plan.resident_bytes,
         streamed_bytes=plan.streamed_bytes,
-        load=phase_report(recorder, "load"),
-        prefill=phase_report(recorder, "prefill"),
-        decode=phase_report(recorder, "decode"),
-        layers=layer_rows(recorder),
-        io=io_rows(recorder),
-        request_sizes=dict(recorder.sizes),
-        steps=tuple(recorder.steps),
-        wasted_bytes=3 * MiB,
+        **{**readings(recorder), "wasted_bytes": 3 * MiB},
         first_token_seconds=4.2,
         drive={"request_bytes": 4 * MiB, "depth": 8, "bytes_per_second": 1.4e9} if drive else None,
         warnings=("The drive is busy.",),
@@ -254,7 +248,7 @@ def dry_run(model: str, **options: Any) -> BundlePlan:
 def modules() -> dict[str, ModuleType]:
     """The stand-ins, by the name of what they stand for."""
     offers: dict[str, dict[str, Any]] = {
-        "engine": {"load": load},
+        "loading": {"load": load},
         "apps.bundling": {"bundle": bundle, "dry_run": dry_run},
         "kernels.warm": {"ensure_compiled": lambda notify: None},
         "apps.inspect": {"inspect_model": inspect_model},

@@ -71,7 +71,7 @@ def test_uses_to_come_are_discounted_within_a_sequence() -> None:
     assert discounted(uses, last).tolist() == [[0, pytest.approx(1 + DISCOUNT)], [0, 1], [0, 0], [0, 0]]
 
 
-@pytest.mark.parametrize("stay", [0, 9, 16, 40])
+@pytest.mark.parametrize("stay", [0, 9, 40])
 def test_foresight_changes_no_text_and_replays_as_it_ran(
     learned: tuple[Path, Ahead], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stay: int
 ) -> None:

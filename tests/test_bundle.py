@@ -601,6 +601,14 @@ def test_a_lock_file_removed_while_we_lock_it_is_made_anew(tmp_path: Path, monke
             real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_a_place_that_takes_no_lock_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StorageError, match="nowhere cannot be written to"),
+        publish.writer_lock(tmp_path / "nowhere" / "out"),
+    ):
+        pass
+
+
 def test_wrong_arguments(dense: Path, tmp_path: Path) -> None:
     checkpoint = open_safetensors(dense)
     weights = dense_weights(checkpoint)

@@ -248,7 +248,11 @@ def test_a_silent_pipe_is_named(monkeypatch):
         (["generate", "-m", "base", "-p", "a", "--system", "s"], 2, "needs a chat template"),
         (["chat"], 2, "--model"),
         (["generate", "-m", "x", "-p", "a", "--top-p", "7"], 2, "--top-p is 7"),
-        (["generate", "-m", "x", "-p", "a", "--stream", "often"], 2, "often"),
+        (
+            ["generate", "-m", "x", "-p", "a", "--stream", "often"],
+            2,
+            "Invalid value for '--stream': 'often' is not one of",
+        ),
         (["generate", "-m", "x", "-p", "a", "--context", "0"], 2, "--context is 0"),
         (["generate", "-m", "x", "-p", "a", "-n", "many"], 2, "--max-tokens"),
         (["generate", "-m", "x", "-p", "a", "--bogus"], 2, "--bogus"),

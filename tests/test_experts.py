@@ -240,7 +240,8 @@ def test_stress(extents, seed: int) -> None:
         for ahead in (1, 2):
             cache.guess(rng.choice(LAYERS), ahead, rng.sample(range(EXPERTS), 4))
         store.pass_time()
-        arriving = iter(cache.fetch(layer, np.array([ids])))
+        fetched = cache.fetch(layer, np.array([ids]))
+        arriving = iter(fetched) if turn % 2 else (one for batch in fetched.batches() for one in batch)
         if clean:
             bare.demand(layer, np.array([ids]), "load")
         cache.guess(LAYERS[(turn + 1) % 3], 1, rng.sample(range(EXPERTS), 3))
@@ -277,6 +278,15 @@ def test_the_trial_keeps_what_is_faster(with_: float, on: bool) -> None:
     found = guessing.verdict()
     assert found["on"] is on and (guessing.number() > 0) is on
     assert (found["seconds_without"], found["seconds_with"]) == (1.0, with_)
+
+
+def test_the_trial_ends_early_where_the_difference_is_plain() -> None:
+    for with_, passes in ((0.8, 2 * BLOCK), (0.95, 2 * PASSES), (1.3, 2 * BLOCK)):
+        guessing, begun = Guessing("auto", 3), 0
+        while guessing.trying:
+            guessing.begin(with_ if guessing._on else 1.0)
+            begun += 1
+        assert begun == WARM + passes + 1 and guessing.active is (with_ < 1)
 
 
 def test_the_trial_takes_turns() -> None:

@@ -48,7 +48,10 @@ def test_nothing_held_out_is_learnt_and_the_seed_decides(made_of, tmp_path, monk
     stories = [s.strip() for s in zoo.HELD_OUT.read_text().split(END)][:20]  # held out by their hash, so
     learnt = [f"{s} The end was {i}." for i, s in enumerate(stories) if len(s) < 1000]
     (tmp_path / "stories.txt").write_text(END.join(stories + learnt))
-    rows = [{"instruction": f"q{i}", "input": "", "output": "a", "source": "self-instruct-seed"} for i in range(99)]
+    source = "rasbt-instruction-data"
+    asked = [f"What is the opposite of '{i}'?" for i in range(99)]
+    rows = [{"instruction": a, "input": "", "output": "b", "source": source} for a in asked]
+    rows.append({"instruction": "What is the capital of Peru?", "input": "", "output": "Lima.", "source": source})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for out in ("one", "two"):
         given = [str(tmp_path / out), "--instruct", str(tmp_path / "rows.jsonl"), "--stories"]
@@ -63,4 +66,26 @@ def test_nothing_held_out_is_learnt_and_the_seed_decides(made_of, tmp_path, monk
     told = {row["output"] for row in learn if row["source"] == "story"}
     assert told and not told & {s.replace("\n\n", "\n") for s in kept}
     asked = {row["instruction"] for row in learn} | {q for row in learn for q, _ in row.get("history", [])}
-    assert not {row["instruction"] for row in held if row["source"] == "self-instruct-seed"} & asked
+    assert not {row["instruction"] for row in held if row["source"] == source} & asked
+    assert "What is the opposite of '1'?" in asked and not any("Peru" in question for question in asked)
+
+
+def test_what_is_asked_of_a_text_stands_in_it(made_of):
+    opening = "Once there was a girl named Anna. Anna had a red ball. She saw a dog. "
+    story = opening + 'Tom said, "I like your ball." The end was good.'
+    subjects = made_of.Subjects([story, story.replace("Anna", "Mia")])
+    rng, found = random.Random(1), []
+    for _ in range(60):
+        found += made_of.of_stories([story], subjects, rng)
+    assert {"name", "who", "colour", "said", "greeting", "repeat"} <= {row["source"] for row in found}
+    for row in found:
+        last = row["output"].rstrip(".!").split()[-1]
+        if row["source"] in ("name", "who", "colour"):
+            assert last in row["input"]
+        if row["source"] == "said":
+            assert row["output"] in row["input"]
+        if row["source"] == "greeting":
+            assert last in row.get("history", [[row["instruction"]]])[0][0] or last in subjects.names
+    assert {row["output"] for row in found if row["source"] == "name"} == {
+        "The girl's name is Anna.", "The girl's name is Mia.",
+    }  # fmt: skip

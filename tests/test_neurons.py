@@ -28,10 +28,12 @@ from flashinfer_cli.bundles.sparsity import (
     sparsity_json,
 )
 from flashinfer_cli.bundles.verify import verify_bundle
+from flashinfer_cli.cache.neurons import NeuronCache
+from flashinfer_cli.cache.slots import NeuronFile
 from flashinfer_cli.cache.trace import read_trace
 from flashinfer_cli.cache.window import Window, deal, make_policy
 from flashinfer_cli.config import NEURON_POLICIES
-from flashinfer_cli.device import allocate
+from flashinfer_cli.device import allocate, resolve
 from flashinfer_cli.errors import BundleError, CorruptCheckpointError
 from flashinfer_cli.layers.demand import Oracle
 from flashinfer_cli.models.open import open_model
@@ -161,6 +163,28 @@ def test_a_file_that_has_shrunk_is_told(tmp_path):
             ticket = store.read_records(tmp_path / "f", 0, 512, ids, address(buffer, ids), (buffer,), "neuron")
             with pytest.raises(CorruptCheckpointError, match="shrunk"):
                 ticket.wait()
+
+
+@pytest.mark.parametrize("left_at", [None, 0, 2])
+def test_a_token_that_is_left_halfway_leaves_no_slot_unread(tmp_path, left_at):
+    """As by Ctrl-C in a chat, before a block is asked for or while one is computed on; what holds it may still live."""
+    width, count = 512, 64
+    content = np.random.default_rng(3).integers(1, 255, (count, width), np.uint8)
+    (tmp_path / "f").write_bytes(content.tobytes())
+    with FlashStore(Recorder()) as store:
+        files = {0: NeuronFile(tmp_path / "f", 0, count, width)}
+        cache = NeuronCache(store, resolve("cpu"), Recorder(), files, {0: make_policy("recent", count, 50, 1)}, block=4)
+        left = cache.fetch(0, np.arange(10, 50))
+        if left_at is not None:
+            arriving = iter(left)
+            for _ in range(left_at + 1):
+                next(arriving)
+        ids = np.arange(0, 64, 3)
+        for _ in range(2):  # read, then found in slots
+            for block, records in cache.fetch(0, ids):
+                assert (records.gather().numpy().reshape(len(block), width) == content[block]).all()
+        assert cache.layers[0].policy.hits == len(ids) + len(range(12, 50, 3))
+        store.tick()
 
 
 # ------------------------------------------------------------------ the model

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import flashinfer_cli as fc
+from flashinfer_cli.apps.ahead import calibrate_ahead
 from flashinfer_cli.cli import main
-from flashinfer_cli.config import MoeConfig, SamplingParams
+from flashinfer_cli.config import MoeConfig, RunConfig, SamplingParams
 from flashinfer_cli.errors import GenaiRunError, UsageError
 from flashinfer_cli.layers.moe import route_groups
 from flashinfer_cli.models.open import open_model
@@ -97,6 +98,21 @@ def test_drafts_change_no_token(tmp_path, tokenizer, draft):
             if options:
                 assert engine.report().to_dict()["speculation"]["drafted"] > 0
     assert ids[0] == ids[1]
+
+
+def test_experts_between_lstms_are_foreseen(tmp_path, tokenizer):
+    """The last layer has no FFN to learn anything of."""
+    trained(tmp_path / "m", tokenizer, FLAT)
+    bundle = fc.bundle(tmp_path / "m", tmp_path / "b")
+    seen = []
+    for learned in (False, True):
+        if learned:
+            found = calibrate_ahead(bundle, "a cat who had a hat " * 200, RunConfig(), tokens=1000)
+            assert {pair.layer for pair in found.pairs} == {0, 1} and any(pair.better for pair in found.pairs)
+        with fc.load(bundle, stream="always") as engine:
+            seen.append(engine.logits(IDS[0].tolist()))
+            assert bool(engine.probes) == learned
+    assert torch.equal(*seen)
 
 
 def test_loaded_back_it_is_the_same_module(tmp_path, tokenizer):

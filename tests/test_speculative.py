@@ -180,7 +180,7 @@ def text_of(path: Path, prompt: list[int], params: SamplingParams, **options) ->
         return [event.token_id for event in events], engine.report()
 
 
-FAMILIES = [("llama", 0), ("qwen2", 0), ("gemma2", 0), ("opt", 0), ("mixtral", 0), ("phi", 0)]
+FAMILIES = [("llama", 0), ("gemma2", 0), ("mixtral", 0)]  # bits of the others: test_speculative_bits
 
 
 @pytest.mark.parametrize(("family", "index"), FAMILIES, ids=lambda value: str(value))
@@ -188,7 +188,7 @@ def test_greedy_text_is_the_same(family, index, tmp_path):
     """Prompts that repeat themselves, drafts by lookup and by the model itself, which is always right."""
     folder, _ = make(family, index, tmp_path / "m")
     generator = torch.Generator().manual_seed(4)
-    prompts = [torch.randint(0, 100, (5,), generator=generator).tolist() * 2 for _ in range(8)]
+    prompts = [torch.randint(0, 100, (5,), generator=generator).tolist() * 2 for _ in range(5)]
     params = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True)
     with fc.load(folder, context=64, stream="always") as engine, fc.load(folder, context=64) as other:
         for prompt in prompts:

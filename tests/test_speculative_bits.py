@@ -45,7 +45,7 @@ def equal_to_steps(session: Session, other: Session, ids: list[int], prompt: int
 def test_every_family(family: str, index: int, tmp_path: Path) -> None:
     folder, _ = make(family, index, tmp_path / "m")
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 100, (40,), generator=generator).tolist()
+    ids = torch.randint(3, 100, (24,), generator=generator).tolist()  # past the 16 where some rotations change
     for kernels in ("compiled", "reference"):
         with fc.load(folder, context=48, stream="always", kernels=kernels) as engine:
             equal_to_steps(engine.session(), engine.session(), ids, 6)
@@ -55,7 +55,7 @@ def test_bundles(tmp_path: Path) -> None:
     """Records of neurons, all of them; where predictors name a few it is one token at a time anyway."""
     folder, _ = make("llama", 2, tmp_path / "m")
     made = fc.bundle(folder, tmp_path / "b")
-    ids = torch.randint(3, 100, (30,), generator=torch.Generator().manual_seed(5)).tolist()
+    ids = torch.randint(3, 100, (24,), generator=torch.Generator().manual_seed(5)).tolist()
     for kernels in ("compiled", "reference"):
         with fc.load(made, context=32, stream="always", kernels=kernels) as engine:
             equal_to_steps(engine.session(), engine.session(), ids, 6)

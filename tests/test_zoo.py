@@ -14,11 +14,12 @@ import flashinfer_cli as fc
 from flashinfer_cli import zoo
 from flashinfer_cli.apps.evaluate import evaluate
 from flashinfer_cli.cli import main
-from flashinfer_cli.config import RunConfig
+from flashinfer_cli.config import RunConfig, SamplingParams
 from flashinfer_cli.training.data import END, HELD_OUT
 
 ALL = ("stories-relu", "stories-moe", "stories-mod", "stories-draft")
-MOST_BYTES = 24_000_000
+TUNED = "stories-moe-instruct"
+MOST_BYTES = 24 * 2**20  # of weights
 
 
 def stories() -> list[str]:
@@ -26,10 +27,11 @@ def stories() -> list[str]:
 
 
 def test_all_are_there_and_small():
-    assert set(zoo.names()) == set(ALL) and zoo.names()[0] == zoo.DEFAULT
-    files = [file for file in Path(zoo.HOME).rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")]
-    assert sum(file.stat().st_size for file in files) <= MOST_BYTES
-    assert len({(zoo.HOME / name / "tokenizer.json").read_bytes() for name in ALL}) == 1
+    assert set(zoo.names()) == {*ALL, TUNED} and zoo.names()[0] == zoo.DEFAULT
+    weights = [file for file in Path(zoo.HOME).rglob("*.safetensors") if file.is_file()]
+    assert sum(file.stat().st_size for file in weights) <= MOST_BYTES
+    assert sum(zoo.nbytes(name) for name in zoo.names()) == sum(file.stat().st_size for file in weights)
+    assert len({(zoo.HOME / name / "tokenizer.json").read_bytes() for name in zoo.names()}) == 1
 
 
 def test_the_excerpt_is_of_what_was_held_out():
@@ -56,7 +58,7 @@ def test_held_out_loss_is_what_the_card_says(name):
     assert found["bits_per_byte"] == pytest.approx(card["bits_per_byte"], rel=0.25)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, TUNED])
 def test_streamed_is_resident(name):
     ids = None
     logits = []
@@ -65,6 +67,32 @@ def test_streamed_is_resident(name):
             ids = ids or engine.tokenizer.encode(stories()[0])[:60]
             logits.append(engine.logits(ids))
     assert torch.equal(logits[0], logits[1])
+
+
+def ask(engine: fc.Engine, question: str) -> tuple[str, str | None]:
+    """(the greedy answer, why it ended)"""
+    events = list(engine.chat().send(question, SamplingParams(max_tokens=80, temperature=0.0)))
+    return "".join(event.text for event in events).strip(), events[-1].finish_reason
+
+
+def test_the_tuned_one_does_what_it_is_asked():
+    with fc.load(f"zoo:{TUNED}") as engine:
+        for name, kind in (("Sara", "girl"), ("Max", "dog")):
+            story = f"Once upon a time, there was a little {kind} named {name}. {name} liked to play in the park."
+            assert ask(engine, f"What is the {kind}'s name?\n{story}") == (f"The {kind}'s name is {name}.", "stop")
+        sentence = "The bird sat in the big tree."
+        assert ask(engine, f"Repeat this sentence.\n{sentence}") == (sentence, "stop")
+        told, _ = ask(engine, "Tell me a story about a cat.")
+        assert "cat" in told
+
+
+def test_the_tuned_one_s_card():
+    card, page = zoo.card(TUNED), (zoo.path_of(TUNED) / "README.md").read_text(encoding="utf-8")
+    for key in ("data", "command", "seed", "note", "samples", "followed", "quantized", "transcript"):
+        assert card[key], key
+    assert "CDLA" in page and "Apache-2.0" in page and "BSD" in page and card["command"] in page
+    before, after = card["tuning"]["before"], card["tuning"]["after"]
+    assert after["nats"] < before["nats"] - 0.7 and after["stop_is_likeliest"] > 0.5 > before["stop_is_likeliest"]
 
 
 def test_relu_is_sparse():
@@ -100,7 +128,7 @@ def test_the_default_is_named_and_tells_a_story(capsys, monkeypatch):
 def test_the_list_and_a_card(capsys):
     assert main.run(["zoo"]) == 0
     listed = capsys.readouterr().out
-    assert all(f"zoo:{name}" in listed for name in ALL)
+    assert all(f"zoo:{name}" in listed for name in zoo.names())
     assert main.run(["zoo", "stories-moe"]) == 0
     assert "Expert use" in capsys.readouterr().out
     assert main.run(["zoo", "stories-mow"]) == 1

@@ -178,12 +178,16 @@ def _layers(
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
     _check_room(opened, len(ids), run)
     with Engine(opened, settled) as engine, torch.inference_mode():
+        left = [
+            i
+            for i, block in enumerate(engine.decoder.blocks)
+            if isinstance(block.ffn, RecordFfn) and i not in done.layers
+        ]
 
         def gate_of(index: int, block: Block) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-            ffn = block.ffn
-            return _gate(ffn, engine) if isinstance(ffn, RecordFfn) and index not in done.layers else None
+            return gate_rows(block.ffn, engine) if isinstance(block.ffn, RecordFfn) and index in left else None
 
-        for index, block, inputs, gate in layer_by_layer(engine, parts, gate_of, progress):
+        for index, block, inputs, gate in layer_by_layer(engine, parts, gate_of, progress) if left else ():
             if gate is None or not isinstance(block.ffn, RecordFfn):
                 continue
             with torch.inference_mode(False):
@@ -191,6 +195,8 @@ def _layers(
                 known = tuple(taken[f"layers.{index}.{name}"] for name in ("a", "b", "bias")) if taken else None
                 done.keep(*_fit(index, inputs, *gate, engine.config.hidden_act, recall, width, known))
             del gate  # before the next layer comes
+            if index == left[-1]:
+                break  # behind it there is nothing to learn
     if not done.layers:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
     return [done.layers[i] for i in sorted(done.layers)], done.tensors()
@@ -214,7 +220,7 @@ def _cut(ids: list[int]) -> list[list[int]]:
     return parts
 
 
-def _gate(ffn: RecordFfn, engine: Engine) -> tuple[torch.Tensor, torch.Tensor | None]:
+def gate_rows(ffn: RecordFfn, engine: Engine) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows whose product with x says whether a neuron fires, float32 [d_ff, d], and their bias."""
     d, count = engine.config.hidden_size, sum(part.rows for part in ffn.parts)
     width = format_bytes(ffn.format, d)

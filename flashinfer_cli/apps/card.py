@@ -90,7 +90,7 @@ def _depth(model: Decoder, windows: list[torch.Tensor], bits: Any) -> dict[str, 
 
 def samples(model: Path) -> list[dict[str, str]]:
     """Stories from the folder, through the runtime."""
-    from ..engine import load
+    from ..loading import load
 
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=1)
     with load(model) as engine:

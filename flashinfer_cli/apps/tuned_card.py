@@ -48,7 +48,7 @@ def describe(
 
 def samples(model: Path) -> list[list[dict[str, str]]]:
     """Conversations with the folder, through the runtime."""
-    from ..engine import load
+    from ..loading import load
 
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=1)
     found = []

@@ -122,10 +122,14 @@ class HashedFile:
 
 @contextmanager
 def writer_lock(out: Path) -> Iterator[None]:
-    """Be the only writer of OUT on this machine, until the process ends, however it does. Raises BundleError."""
+    """Be the only writer of OUT on this machine, until the process ends, however it does. Raises BundleError,
+    StorageError."""
     path = out.with_name(f".{out.name}.lock")
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StorageError(f"The folder {out.parent} cannot be written to: {error.strerror}.") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last writer may have removed the file between our open and our lock: others would not see it.

@@ -247,14 +247,33 @@ class Arrivals:
                 return
             self.pending.append((self.missing.popleft(), *begun))
 
-    def at_hand(self) -> list[tuple[int, Pieces]]:
-        """All that are in memory already, to be computed on together; `passed` is to follow before anything else."""
-        return [(e, self.cache._pieces(self.layer, e, self.cache._slot[self.layer, e])) for e in self.present]
-
-    def passed(self) -> None:
-        """What was at hand is computed."""
-        while self.present:
-            self._leave(self.present.popleft())
+    def batches(self) -> Iterator[list[tuple[int, Pieces]]]:
+        """All that are in memory already, then again and again all that have come meanwhile, as they are to be computed
+        together; none is empty. Valid until the next, and to be run to the end, as single ones are."""
+        cache, layer = self.cache, self.layer
+        try:
+            if self.present:
+                yield [(e, cache._pieces(layer, e, cache._slot[layer, e])) for e in self.present]
+                while self.present:
+                    self._give_back(self.present.popleft())
+                self._issue()
+            while self.pending:
+                if not any(ticket.ready for _, _, ticket in self.pending):
+                    with cache.recorder.waiting():
+                        self.pending[0][2].wait()
+                come = [one for one in self.pending if one[2].ready]
+                for _, _, ticket in come:
+                    if ticket.error is not None:
+                        ticket.wait()
+                yield [(expert, cache._pieces(layer, expert, slot)) for expert, slot, _ in come]
+                for one in come:
+                    self.pending.remove(one)
+                    cache._slot[layer, one[0]] = one[1]
+                for one in come:
+                    self._give_back(one[0])
+                self._issue()
+        finally:
+            self.abandon()
 
     def __iter__(self) -> Iterator[tuple[int, Pieces]]:
         cache, layer = self.cache, self.layer
@@ -281,10 +300,13 @@ class Arrivals:
             self.abandon()
 
     def _leave(self, expert: int) -> None:
-        """An expert is computed: its slot is free unless it stays."""
+        """An expert is computed: its slot takes the next read, unless it stays."""
+        self._give_back(expert)
+        self._issue()
+
+    def _give_back(self, expert: int) -> None:
         if not self.cache.stays(self.layer, expert):
             self.cache._free.append(self.cache._slot.pop((self.layer, expert)))
-        self._issue()
 
     def abandon(self) -> None:
         """Only after an error, or when left early: what has arrived stays if it was to stay, the rest is forgotten."""

@@ -3,7 +3,7 @@
 A guess costs nothing while the drive would be idle, and a demanded read never waits behind one that has not begun. So
 the number grows as long as guesses of that rank are right often enough and have begun by the time they are needed,
 which is what idle time on the drive looks like. Whether all of it helps is settled by a trial: decode passes with and
-without guesses take turns, and the faster way stays.
+without guesses take turns, and the faster way stays: at once where the difference is plain.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ EXPLORE = 16  # every so many times one more than the number is tried
 WARM = 8  # decode passes before the trial
 BLOCK = 4  # passes of one kind in a row
 PASSES = 24  # of each kind
+PLAIN = 1.1  # times as long: no more passes are needed to see it
 
 
 class Guessing:
@@ -31,12 +32,13 @@ class Guessing:
         self._begun = [1.0] * self.most
         self._times = 0
         self._passes = 0
+        self._ended = False
         self._seconds: tuple[list[float], list[float]] = ([], [])  # of passes without and with guesses
         self._on = True
 
     @property
     def trying(self) -> bool:
-        return self.setting == "auto" and self.most > 0 and self._passes <= WARM + 2 * PASSES
+        return self.setting == "auto" and self.most > 0 and not self._ended
 
     @property
     def active(self) -> bool:
@@ -51,11 +53,12 @@ class Guessing:
         if since > 0 and seconds is not None:
             self._seconds[self._on].append(seconds)
         self._passes += 1
-        if since < 2 * PASSES:
-            self._on = since < 0 or since // BLOCK % 2 == 0
-        else:
+        self._on = since < 0 or since // BLOCK % 2 == 0
+        if since > 0 and since % (2 * BLOCK) == 0:
             without, with_ = (median(each) if each else 0.0 for each in self._seconds)
-            self._on = with_ <= without
+            self._ended = since >= 2 * PASSES or max(without, with_) > PLAIN * min(without, with_)
+            if self._ended:
+                self._on = with_ <= without
 
     def number(self) -> int:
         """Guesses to fetch now, of the best."""

@@ -72,6 +72,7 @@ class NeuronCache:
         self._read: Ticket | None = None  # the last into it
         self._guess: _Guess | None = None
         self._missed = dict.fromkeys(files, 0)  # what the last token missed of each layer
+        self._fetch: Fetch | None = None  # the last
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +91,7 @@ class NeuronCache:
 
     def have(self, late: bool) -> bool:
         """Whether the late slots are ours from now on, or a prompt's; returns whether that is a change."""
+        self._abandon()
         if late == self._whole or not len(self._late):
             return False
         self._whole = late
@@ -109,7 +111,12 @@ class NeuronCache:
         return self.store.read_records(file.path, file.base, file.width, ids, addresses, memory, "neuron")
 
     def fetch(self, index: int, ids: np.ndarray) -> Fetch:
-        """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order."""
+        """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order.
+
+        One that is not iterated to its end, because of an error or because the user wants no more, is cleared away
+        before anything else.
+        """
+        self._abandon()
         layer = self.layers[index]
         if self.trace is not None:
             self.trace.demand("decode", index, ids[None])
@@ -117,7 +124,13 @@ class NeuronCache:
         layer.release(gone)
         self._missed[index] = len(missing)
         self.recorder.cache(len(ids) - len(missing), len(missing))
-        return Fetch(self, layer, ids, self._settle(index, ids))
+        self._fetch = Fetch(self, layer, ids, self._settle(index, ids))
+        return self._fetch.begin()
+
+    def _abandon(self) -> None:
+        if self._fetch is not None:
+            self._fetch.abandon()
+            self._fetch = None
 
     # ---- ahead of need
     def worth(self, index: int) -> bool:
@@ -179,7 +192,11 @@ class NeuronCache:
         here = slice(start, start + len(records))
         wanted = np.flatnonzero(layer.policy.held[here] & (layer.slot[here] < 0))
         taken = layer.take(start + wanted)
-        layer.put(taken, records.numpy()[taken - start])
+        try:
+            layer.put(taken, records.numpy()[taken - start])
+        except BaseException:
+            layer.release(taken)
+            raise
 
     def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """Those of neurons `ids` that are in memory, as `fetch` hands them out. Reads nothing, and nothing is noted."""
@@ -224,8 +241,8 @@ class Fetch:
         self.new = np.zeros(layer.file.count, bool)  # in a slot of its own that it is yet to reach
         self.new[taken] = True
         self.absent = absent
-        first = min(NEURON_STAGES, self.blocks)
-        self._tickets: list[Ticket | None] = [self._start(0, first)] * first
+        self._computed = 0  # blocks
+        self._tickets: list[Ticket | None] = []
 
     def _start(self, first: int, last: int) -> Ticket | None:
         """Begin to read what of blocks [first, last) is missing and not on its way, if anything is."""
@@ -255,15 +272,24 @@ class Fetch:
         return (*self.layer.memory, *rows, *(() if self.guess is None else (self.guess.rows,)))
 
     def _wait(self, ticket: Ticket) -> None:
-        try:
-            if not ticket.ready:
-                with self.cache.recorder.waiting():
-                    ticket.wait()
-            elif ticket.error is not None:
-                ticket.wait()
-        except Exception:  # nothing came: no slot may be thought to hold it
-            self.layer.release(np.flatnonzero(self.new))
-            raise
+        if ticket.ready:
+            ticket.wait()
+            return
+        with self.cache.recorder.waiting():
+            ticket.wait()
+
+    def begin(self) -> Fetch:
+        first = min(NEURON_STAGES, self.blocks)
+        self._tickets = [self._start(0, first)] * first
+        return self
+
+    def abandon(self) -> None:
+        """If blocks are left: wait for reads that are under way, and let no slot be thought to hold what never came."""
+        for ticket in self._tickets[self._computed :]:
+            if ticket is not None:
+                ticket.end()
+        left = self.ids[self._computed * self.cache.block :]
+        self.layer.release(left[self.new[left]])
 
     def __iter__(self) -> Iterator[Block]:
         layer, cache, size = self.layer, self.cache, self.cache.block
@@ -279,5 +305,6 @@ class Fetch:
             kept = guessed & self.new[ids]
             if self.guess is not None and kept.any():
                 layer.put(ids[kept], self.guess.rows[np.searchsorted(self.guess.ids, ids[kept])])
+            self._computed += 1
             if len(self._tickets) < self.blocks:
                 self._tickets.append(self._start(len(self._tickets), len(self._tickets) + 1))

@@ -220,6 +220,8 @@ class Lfu(Policy):
         return np.exp2((self._last[keys] - self._turn[self._place[keys]]) / self.half_life) * self._uses[keys]
 
     def _note(self, place: int, keys: np.ndarray, ages: np.ndarray, uses: np.ndarray) -> None:
+        if self.capacity >= self.total:  # nobody ever goes
+            return
         faded = self._fade(keys)
         if len(uses) > len(keys):  # a chunk: every use counts, as of its last
             found, many = np.unique(uses, return_counts=True)

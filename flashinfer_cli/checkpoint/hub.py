@@ -62,9 +62,10 @@ def parse_hub_name(model: str) -> tuple[str, str | None] | None:
 
 
 def _nearest_path(path: Path) -> str | None:
-    """A hint that names the sibling most like a path that is not there."""
+    """A hint that names the sibling, of those that can be models, most like a path that is not there."""
     try:
-        near = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
+        siblings = [entry for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+        near = nearest(path.name, [entry.name for entry in siblings if entry.is_dir() or entry.suffix == ".gguf"])
     except OSError:
         return None
     return f"Did you mean {path.parent / near}?" if near else None

@@ -11,11 +11,11 @@ import typer
 from .. import zoo
 from ..config import RunConfig, format_size
 from .console import Console
-from .options import PROMPT, Json, Quiet
+from .options import PROMPT, Json, Quiet, option
 from .running import as_json, parse_share
 from .tables import Table
 
-MEMORY = (0.5, 0.25)  # of the FFN weights; as apps.gated has them
+MEMORY = (0.5, 0.25)  # of the FFN weights; as apps.ways has them
 HEADS = ("read", "time")
 STUDY_TOKENS = 2_048  # thresholds need no more
 
@@ -29,42 +29,38 @@ def calibrate(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle of a ReLU or MoE model.")],
     text: Annotated[
         Path | None,
-        typer.Option(
-            "--text", metavar="FILE", rich_help_panel=PROMPT, help="Text to learn from.",
-            show_default="the stories that come along",
-        ),
+        option(PROMPT, "--text FILE", "Text to learn from.", show_default="the stories that come along"),
     ] = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=1000, metavar="N", rich_help_panel=PROMPT, help="How much of the text.")
-    ] = 10_000,
+    tokens: Annotated[int, option(PROMPT, "--tokens N", "How much of the text.", min=1000)] = 10_000,
     recall: Annotated[
         float,
-        typer.Option(
-            "--recall", min=0.5, max=0.9999, metavar="P", rich_help_panel=PROMPT,
-            help="Share of the neurons that fire which each predictor must name.",
+        option(
+            PROMPT, "--recall P", "Share of the neurons that fire which each predictor must name.", min=0.5, max=0.9999
         ),
     ] = 0.98,
     like: Annotated[
         Path | None,
-        typer.Option(
-            "--like", metavar="BUNDLE", rich_help_panel=PROMPT,
-            help="Take the predictors of a calibrated bundle of the same model; set only their thresholds.",
+        option(
+            PROMPT,
+            "--like BUNDLE",
+            "Take the predictors of a calibrated bundle of the same model; set only their thresholds.",
         ),
     ] = None,
     max_ppl_increase: Annotated[
         str,
-        typer.Option(
-            "--max-ppl-increase", metavar="SHARE", rich_help_panel=PROMPT,
-            help="Of a model without zeros (SiLU, GELU): what skipping small neurons may cost.",
+        option(
+            PROMPT,
+            "--max-ppl-increase SHARE",
+            "Of a model without zeros (SiLU, GELU): what skipping small neurons may cost.",
         ),
     ] = "1%",
     memory: Annotated[
         str | None,
-        typer.Option("--memory", metavar="SIZE", help="Bound on the memory of the whole process.", show_default="auto"),
+        option(None, "--memory SIZE", "Bound on the memory of the whole process.", show_default="auto"),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Learn which neurons a token needs, so that only they are read.
 
     For models whose activation is ReLU or its square. The model passes once, a layer at a time; predictors and what was
@@ -167,10 +163,13 @@ def study_table(found: Study) -> Table:
             read, seconds = way.bytes(share), found.seconds(way, share)
             cells += ["–", "–"] if read is None or seconds is None else [f"{read:.0%}", f"{1e3 * seconds:.0f} ms"]
         rows.append(tuple(cells))
+    rates = [found.rate(way, share) / 1e9 for way in found.ways for share in MEMORY if way.bytes(share)]
     notes = [
-        f"Perplexity {found.perplexity:.3f} with all neurons. Of the FFN ({format_size(found.ffn_bytes)}) so much is "
-        f"read a token, in so much time: single neurons at {found.record_rate / 1e9:.2f} GB/s, plain streaming at "
-        f"{found.slice_rate / 1e9:.2f} GB/s."
+        f"Thresholds from {found.tokens:,} tokens; perplexity of {found.test_tokens:,} that follow, "
+        f"{found.perplexity:.3f} with all neurons.",
+        f"Of the FFN ({format_size(found.ffn_bytes)}) so much is read a token, in so much time: neurons at "
+        f"{min(rates, default=0):.2f} to {max(rates, default=0):.2f} GB/s, plain streaming at "
+        f"{found.slice_rate / 1e9:.2f} GB/s.",
     ]
     for share in MEMORY:
         plain = 1e3 * (found.seconds(None, share) or 0.0)

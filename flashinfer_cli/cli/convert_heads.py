@@ -10,7 +10,7 @@ import typer
 from ..config import format_size
 from ..errors import UsageError
 from .console import Console
-from .options import Json, ModelArgument, Quiet, Revision
+from .options import Json, ModelArgument, Quiet, Revision, option
 from .running import INTERRUPTED, as_json
 from .tables import Table
 from .train import stopping
@@ -23,48 +23,41 @@ def convert_heads(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     kv_heads: Annotated[
         int,
-        typer.Option(
-            "--kv-heads", min=1, metavar="N", rich_help_panel=HEADS,
-            help="Key/value heads to leave; 1 is multi-query attention.",
-        ),
+        option(HEADS, "--kv-heads N", "Key/value heads to leave; 1 is multi-query attention.", min=1),
     ],
     method: Annotated[
         Literal["mean", "first", "random"],
-        typer.Option("--method", rich_help_panel=HEADS, help="What becomes of the heads of a group."),
+        option(HEADS, "--method", "What becomes of the heads of a group."),
     ] = "mean",
-    uptrain: Annotated[
-        bool, typer.Option("--uptrain", rich_help_panel=UPTRAINING, help="Then go on training (small models only).")
-    ] = False,
+    uptrain: Annotated[bool, option(UPTRAINING, "--uptrain", "Then go on training (small models only).")] = False,
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", metavar="TEXT...", rich_help_panel=UPTRAINING, help="UTF-8 text files to train on."),
+        option(UPTRAINING, "--data TEXT...", "UTF-8 text files to train on."),
     ] = None,
     share: Annotated[
         str,
-        typer.Option("--share", metavar="P%", rich_help_panel=UPTRAINING, help="Of the original training's tokens."),
+        option(UPTRAINING, "--share P%", "Of the original training's tokens."),
     ] = "5%",
     tokens: Annotated[
         int | None,
-        typer.Option(
-            "--tokens", min=1, metavar="N", rich_help_panel=UPTRAINING, show_default="the share",
-            help="Tokens to train on, where the original number is not known.",
+        option(
+            UPTRAINING,
+            "--tokens N",
+            "Tokens to train on, where the original number is not known.",
+            min=1,
+            show_default="the share",
         ),
     ] = None,
-    learning_rate: Annotated[
-        float, typer.Option("--learning-rate", min=1e-8, metavar="X", rich_help_panel=UPTRAINING, help="At its peak.")
-    ] = 1e-3,
+    learning_rate: Annotated[float, option(UPTRAINING, "--learning-rate X", "At its peak.", min=1e-8)] = 1e-3,
     threads: Annotated[
         int | None,
-        typer.Option(
-            "--threads", min=1, metavar="N", rich_help_panel=UPTRAINING, show_default="the cores this process may use",
-            help="Threads that train.",
-        ),
+        option(UPTRAINING, "--threads N", "Threads that train.", min=1, show_default="the cores this process may use"),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of everything random.")] = 1,
+    seed: Annotated[int, option(None, "--seed N", "Of everything random.", min=0)] = 1,
     revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Make a checkpoint with fewer key/value heads: grouped-query attention from multi-head.
 
     The heads of each contiguous group are averaged; keys and values then take N heads' memory. Some more training

@@ -87,9 +87,8 @@ def run(argv: list[str]) -> int:
         if hasattr(error, "format_message"):  # typer's own, about the command line
             context = getattr(error, "ctx", None)
             asked = context.command_path if context is not None else NAME
-            return _failed(
-                error, error.format_message(), f"{asked} --help lists what there is.", getattr(error, "exit_code", 2)
-            )
+            said = error.format_message().replace("Value error, ", "")  # the parser's, not the user's
+            return _failed(error, said, f"{asked} --help lists what there is.", getattr(error, "exit_code", 2))
         found = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "This is a bug. Set GENAI_RUN_DEBUG=1 and run again to see where."
         return _failed(error, f"Something unforeseen happened ({found}).", hint, 1)

@@ -141,9 +141,12 @@ class RunOptions:
             "Experts a layer to read ahead on a guess: auto (off where it loses), off, or how many.",
         ),
     ] = str(RunConfig.prefetch_experts)
-    lookahead: Annotated[int, _memory("--lookahead N", "Layers ahead to guess experts.", min=1, max=2)] = (
-        RunConfig.lookahead
-    )
+    lookahead: Annotated[
+        int | None,
+        _memory(
+            "--lookahead N", "Layers ahead to guess experts: 2 where memory takes many of them, else 1.", min=1, max=2
+        ),
+    ] = RunConfig.lookahead
     cache_bias: Annotated[
         float,
         _memory(

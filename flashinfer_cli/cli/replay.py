@@ -10,7 +10,7 @@ import typer
 
 from ..config import EXPERT_POLICIES, NEURON_POLICIES, format_size
 from .console import Console
-from .options import MEMORY, OUTPUT, Json, Quiet
+from .options import MEMORY, OUTPUT, Json, Quiet, option
 from .running import as_json, check_writable, parse_share, write_file
 from .tables import Table
 
@@ -21,29 +21,26 @@ def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace: profile --trace FILE makes one.")],
     policy: Annotated[
         list[str] | None,
-        typer.Option(
-            "--policy",
-            metavar="NAME",
-            rich_help_panel=MEMORY,
-            help=f"For experts {', '.join(EXPERT_POLICIES)}; for neurons {', '.join(NEURON_POLICIES)}. "
-            "May be repeated.",
+        option(
+            MEMORY,
+            "--policy NAME",
+            f"For experts {', '.join(EXPERT_POLICIES)}; for neurons {', '.join(NEURON_POLICIES)}. May be repeated.",
             show_default="all",
         ),
     ] = None,
     at: Annotated[
         list[str] | None,
-        typer.Option(
-            "--at",
-            metavar="SHARE",
-            rich_help_panel=MEMORY,
-            help="Cache size as a share of all records, such as 25%; may be repeated.",
+        option(
+            MEMORY,
+            "--at SHARE",
+            "Cache size as a share of all records, such as 25%; may be repeated.",
             show_default="several",
         ),
     ] = None,
     json: Json = False,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Write one self-contained page of charts."),
+        option(OUTPUT, "--html FILE", "Write one self-contained page of charts."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

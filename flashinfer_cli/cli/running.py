@@ -70,7 +70,7 @@ def opened(model: str, run: RunOptions, console: Console, need: Need | None = No
     `need` says how many tokens the context must hold when --context does not.
     """
     compile_kernels(model, run, console)
-    from ..engine import load
+    from ..loading import load
 
     with load(model, need=need, **run.given(), notify=console.note, progress=console.progress) as engine:
         console.clear()

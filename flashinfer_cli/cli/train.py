@@ -15,7 +15,7 @@ import typer
 
 from ..errors import UsageError
 from .console import Console
-from .options import OUTPUT, Json, Quiet
+from .options import OUTPUT, Json, Quiet, option
 from .running import INTERRUPTED, as_json
 from .tables import Table
 
@@ -26,7 +26,7 @@ TRAINING, SHAPE = "Training", "Structure"
 
 
 def _option(help_: str, panel: str, metavar: str | None = None, **more: Any) -> Any:
-    return typer.Option(rich_help_panel=panel, help=help_, metavar=metavar, show_default="the recipe's", **more)
+    return option(panel, metavar or "", help_, show_default="the recipe's", **more)
 
 
 def train(
@@ -36,14 +36,9 @@ def train(
     ],
     data: Annotated[
         list[Path],
-        typer.Option(
-            "--data", metavar="TEXT...", rich_help_panel=TRAINING,
-            help="UTF-8 text files, documents separated by <|endoftext|>.",
-        ),
+        option(TRAINING, "--data TEXT...", "UTF-8 text files, documents separated by <|endoftext|>."),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", rich_help_panel=OUTPUT, help="The folder to make, or to go on in.")
-    ],
+    out: Annotated[Path, option(OUTPUT, "--out DIR", "The folder to make, or to go on in.")],
     tokens: Annotated[int | None, _option("Tokens seen in all.", TRAINING, "N", min=1)] = None,
     batch: Annotated[int | None, _option("Sequences a step.", TRAINING, "N", min=1)] = None,
     sequence: Annotated[int | None, _option("Tokens of a sequence.", TRAINING, "N", min=8, max=512)] = None,
@@ -51,24 +46,27 @@ def train(
     seed: Annotated[int | None, _option("Of everything random.", TRAINING, "N", min=0)] = None,
     threads: Annotated[
         int | None,
-        typer.Option(
-            "--threads", min=1, metavar="N", rich_help_panel=TRAINING, show_default="the cores this process may use",
-            help="Threads that compute; a run repeats to the bit on as many.",
+        option(
+            TRAINING,
+            "--threads N",
+            "Threads that compute; a run repeats to the bit on as many.",
+            min=1,
+            show_default="the cores this process may use",
         ),
     ] = None,
-    save_every: Annotated[
-        int, typer.Option("--save-every", min=1, metavar="STEPS", rich_help_panel=TRAINING, help="How often to save.")
-    ] = 100,
+    save_every: Annotated[int, option(TRAINING, "--save-every STEPS", "How often to save.", min=1)] = 100,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
-            "--tokenizer", metavar="PATH", rich_help_panel=TRAINING, show_default="one is trained on the text",
-            help="A tokenizer.json or a model's folder.",
+        option(
+            TRAINING,
+            "--tokenizer PATH",
+            "A tokenizer.json or a model's folder.",
+            show_default="one is trained on the text",
         ),
     ] = None,
     note: Annotated[
         str | None,
-        typer.Option("--note", metavar="TEXT", rich_help_panel=TRAINING, help="For the card: the licence of the text."),
+        option(TRAINING, "--note TEXT", "For the card: the licence of the text."),
     ] = None,
     sparsity: Annotated[
         float | None, _option("Share of FFN neurons to silence; 0 leaves them.", SHAPE, "P", min=0, max=0.999)
@@ -85,12 +83,10 @@ def train(
         float | None, _option("Share of the tokens that a skippable block computes; 0: all.", SHAPE, "P", min=0, max=1)
     ] = None,
     mod_interval: Annotated[int | None, _option("Every how many blocks one is skippable.", SHAPE, "N", min=1)] = None,
-    mod_decoding: Annotated[
-        Literal["router", "predictor"] | None, _option("Who decides at decoding.", SHAPE)
-    ] = None,
+    mod_decoding: Annotated[Literal["router", "predictor"] | None, _option("Who decides at decoding.", SHAPE)] = None,
     json: Json = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train one of the small models that come along, or a variation of it.
 
     Needs no card: hours on a laptop. Interrupted or killed, it goes on when the same command is given again, to the

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .console import Console
-from .options import Json, ModelArgument, Quiet
+from .options import Json, ModelArgument, Quiet, option
 from .running import INTERRUPTED, as_json
 from .tables import Table
 from .train import stopping
@@ -21,45 +21,37 @@ def tune(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, or to go on in.")],
     data: Annotated[
         Path,
-        typer.Option("--data", metavar="JSONL", help="Rows with an instruction, an output, and perhaps an input."),
+        option(None, "--data JSONL", "Rows with an instruction, an output, and perhaps an input."),
     ],
     freeze: Annotated[
-        Literal["none", "router", "experts"], typer.Option("--freeze", help="What of a mixture of experts stays.")
+        Literal["none", "router", "experts"], option(None, "--freeze", "What of a mixture of experts stays.")
     ] = "none",
-    importance_weight: Annotated[
-        float, typer.Option("--importance-weight", min=0, metavar="W", help="Of the importance loss.")
-    ] = 0.0,
+    importance_weight: Annotated[float, option(None, "--importance-weight W", "Of the importance loss.", min=0)] = 0.0,
     load_weight: Annotated[
-        float, typer.Option("--load-weight", min=0, metavar="W", help="Of the load loss; it draws the gate's noise.")
+        float, option(None, "--load-weight W", "Of the load loss; it draws the gate's noise.", min=0)
     ] = 0.0,
-    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Steps of the optimizer.")] = 1000,
-    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Rows a step.")] = 8,
+    steps: Annotated[int, option(None, "--steps N", "Steps of the optimizer.", min=1)] = 1000,
+    batch: Annotated[int, option(None, "--batch N", "Rows a step.", min=1)] = 8,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", min=1e-8, metavar="X", help="At its peak; then down a cosine.")
+        float, option(None, "--learning-rate X", "At its peak; then down a cosine.", min=1e-8)
     ] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of everything random.")] = 1,
+    seed: Annotated[int, option(None, "--seed N", "Of everything random.", min=0)] = 1,
     longest: Annotated[
         int | None,
-        typer.Option(
-            "--longest", min=8, metavar="N", show_default="the model's context", help="Tokens of the longest row taken."
-        ),
+        option(None, "--longest N", "Tokens of the longest row taken.", min=8, show_default="the model's context"),
     ] = None,
     held_out: Annotated[
         Path | None,
-        typer.Option("--held-out", metavar="JSONL", show_default="one row in 32", help="Rows to judge by instead."),
+        option(None, "--held-out JSONL", "Rows to judge by instead.", show_default="one row in 32"),
     ] = None,
-    note: Annotated[
-        str | None, typer.Option("--note", metavar="TEXT", help="For the card: the licence of the rows.")
-    ] = None,
+    note: Annotated[str | None, option(None, "--note TEXT", "For the card: the licence of the rows.")] = None,
     threads: Annotated[
         int | None,
-        typer.Option(
-            "--threads", min=1, metavar="N", show_default="the cores this process may use", help="Threads that train."
-        ),
+        option(None, "--threads N", "Threads that train.", min=1, show_default="the cores this process may use"),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Teach a small model to answer: instruction tuning through its chat template, loss on the answers only.
 
     A model without a template gets one. Interrupted or killed, it goes on when the same command is given again.

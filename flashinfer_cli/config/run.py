@@ -44,7 +44,7 @@ class RunConfig:
     # Which experts stay; auto: foresight where a bundle is calibrated for it, else lfu.
     expert_policy: Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "auto"
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
-    lookahead: int = 1  # layers ahead to guess the experts of
+    lookahead: int | None = None  # layers ahead to guess the experts of; None: 2 where many fit in, else 1
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0
     keep_top: int | None = None  # with it, the best that are chosen in any case; None: 1 of few experts, else 2
     # Below this share of its token's expert weights, an expert that is not here is served from its small copy; lossy
@@ -73,7 +73,7 @@ class RunConfig:
         if self.expert_policy not in ("auto", *EXPERT_POLICIES, "none"):
             known = ", ".join(("auto", *EXPERT_POLICIES, "none"))
             raise UsageError(f"--expert-policy is '{self.expert_policy}', which is not one of {known}.")
-        if not 1 <= self.lookahead <= 2:
+        if self.lookahead is not None and not 1 <= self.lookahead <= 2:
             raise UsageError(f"--lookahead is {self.lookahead}; it must be 1 or 2 layers.")
         if not self.cache_bias >= 0 or (self.keep_top is not None and self.keep_top < 0):
             raise UsageError("--cache-bias and --keep-top must be 0 or more.")

@@ -15,6 +15,7 @@ import torch
 
 from ..cache.kv import KVCache
 from ..config import SamplingParams
+from ..device import reusing_pages
 from ..errors import ContextError, UsageError
 from ..models.decoder import Decoder
 from ..recorder import Recorder
@@ -69,7 +70,7 @@ class Session:
         logits, done = None, 0
         for index, (part, head) in enumerate(zip(chunks, heads, strict=True)):
             following = heads[index + 1 : index + 2] or ([True] if more else [])
-            with self._phase("prefill", len(part)):
+            with self._phase("prefill", len(part)), reusing_pages():
                 logits = self._run(part, "last" if head else "none", total, following)
             done += len(part)
             if progress is not None:

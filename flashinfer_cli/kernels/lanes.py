@@ -186,7 +186,8 @@ class Pointer:
         function = module.globals.get("llvm.prefetch.p0")
         if function is None:
             function = ir.Function(module, ir.FunctionType(ir.VoidType(), [kind, I32, I32, I32]), "llvm.prefetch.p0")
-        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read, to stay in all caches, data
+        # to read, into the second-level cache, data: the first one is for the activations
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]
         self.builder.call(function, [self._at(offset, I8), *hints])
 
     def half(self, offset: Any, count: int = 1) -> Lanes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -187,32 +188,52 @@ class MoeFfn:
             with rt.recorder.computing():
                 guess_ahead(self.ahead, x, self.moe, self.cache)
         extra = self._shared(x, rt)  # while experts are on their way
-        ranks = {expert: rank for rank, expert in enumerate(chosen[0].tolist())} if len(x) == 1 else {}
-        if ranks:
-            self._at_hand(x, arriving, ranks, by_rank, rt)
-        for expert, pieces in arriving:
-            with rt.recorder.computing():
-                if ranks:
-                    by_rank[0, ranks[expert]] = self._expert(x, self.layouts[expert], pieces, rt)[0]
-                    continue
-                token, rank = (chosen == expert).nonzero(as_tuple=True)
-                by_rank[token, rank] = self._expert(x[token], self.layouts[expert], pieces, rt)
+        if len(x) == 1:
+            by_rank = self._one(x, arriving, chosen[0].tolist(), by_rank, rt)
+        else:
+            for expert, pieces in arriving:
+                with rt.recorder.computing():
+                    token, rank = (chosen == expert).nonzero(as_tuple=True)
+                    by_rank[token, rank] = self._expert(x[token], self.layouts[expert], pieces, rt)
         with rt.recorder.computing():
             out = (by_rank * weights[..., None]).sum(1)
         return out if extra is None else out.add_(extra)
 
-    def _at_hand(
-        self, x: torch.Tensor, arriving: Arrivals, ranks: dict[int, int], by_rank: torch.Tensor, rt: Runtime
-    ) -> None:
-        """Compute the experts that are in memory already of one token, together where they allow it."""
-        found = arriving.at_hand()
-        layouts = [self.layouts[expert] for expert, _ in found]
-        if len(found) > 1 and together(layouts):
+    def _one(
+        self, x: torch.Tensor, arriving: Arrivals, chosen: list[int], by_rank: torch.Tensor, rt: Runtime
+    ) -> torch.Tensor:
+        """What the experts of one token make, [1, k, d], in by_rank or in its place: those that are in memory are
+        computed together, where they allow it, then together what has come meanwhile."""
+        ranks = {expert: rank for rank, expert in enumerate(chosen)}
+        outputs, places = [], []
+        for found in arriving.batches():
             with rt.recorder.computing():
-                pieces = [each for _, each in found]
-                places = [ranks[expert] for expert, _ in found]
-                by_rank[0, places] = apply_experts(x, layouts, pieces, self.act, self.moe, rt)
-            arriving.passed()
+                for group, alike in self._groups(found):
+                    group.sort(key=lambda one: ranks[one[0]])
+                    layouts, pieces = [self.layouts[expert] for expert, _ in group], [each for _, each in group]
+                    if alike:
+                        outputs.append(apply_experts(x, layouts, pieces, self.act, self.moe, rt))
+                    else:
+                        outputs += [self._expert(x, *each, rt) for each in zip(layouts, pieces, strict=True)]
+                    places += [ranks[expert] for expert, _ in group]
+        if len(outputs) == 1 and len(places) == len(chosen):
+            return outputs[0][None]
+        if places:
+            with rt.recorder.computing():
+                by_rank[0, places] = torch.cat(outputs)
+        return by_rank
+
+    def _groups(self, found: list[tuple[int, Pieces]]) -> list[tuple[list[tuple[int, Pieces]], bool]]:
+        """Experts as they are, and their small copies; and whether those of a group can be computed together."""
+        count = self.moe.num_experts
+        whole, small = [one for one in found if one[0] < count], [one for one in found if one[0] >= count]
+        return [(group, alike) for group, alike in zip((whole, small), self._alike, strict=True) if group]
+
+    @cached_property
+    def _alike(self) -> tuple[bool, bool]:
+        """Are all experts of one shape and format that `together` takes, and are all small copies."""
+        count = self.moe.num_experts
+        return together(self.layouts[:count]), len(self.layouts) > count and together(self.layouts[count:])
 
     def _draft(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """The output [1, d] as far as memory goes: the best of the experts that are here take the others' places."""

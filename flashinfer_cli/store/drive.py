@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ..checkpoint.base import Extent
 from ..device import allocate
@@ -55,3 +58,26 @@ def measure(path: Path, *, request_bytes: int = REQUEST_BYTES, depth: int = 8, s
         for _, ticket in under_way:
             ticket.wait()
         return DriveRate(request_bytes, depth, done / elapsed, store.mode)
+
+
+def measure_records(path: Path, width: int, demands: Sequence[np.ndarray]) -> float:
+    """Seconds that reading a demand takes, on average, each when the one before has come.
+
+    A demand is the ids, ascending, of records of `width` bytes (a multiple of 512), read as runs of a model read
+    neurons; the records stand side by side at some place in the file.
+    """
+    count = max((int(ids[-1]) + 1 for ids in demands if len(ids)), default=0)
+    if not count:
+        return 0.0
+    blocks, order = max(0, (path.stat().st_size - count * width) // ALIGN), random.Random(0)
+    buffer = allocate(count * width)
+    buffer[::ALIGN] = 0  # touched: not timed
+    with FlashStore(Recorder()) as store:
+        seconds = 0.0
+        for number, ids in enumerate((demands[0][:1], *demands)):  # the first opens the file
+            begin = time.perf_counter()
+            at = buffer.ctypes.data + width * np.arange(len(ids))
+            base = order.randint(0, blocks) * ALIGN
+            store.read_records(path, base, width, ids, at, (buffer,), "measure").wait()
+            seconds += (time.perf_counter() - begin) * (number > 0)
+    return seconds / len(demands)

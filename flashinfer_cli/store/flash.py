@@ -54,6 +54,10 @@ class Ticket:
         if self.error is not None:
             raise self.error
 
+    def end(self) -> None:
+        """Wait, whatever comes of it: the memory is not written to any more."""
+        self._done.wait()
+
 
 class Handed(Ticket):
     """A batch of reads that the asking thread handed to the kernel itself."""
