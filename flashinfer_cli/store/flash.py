@@ -77,6 +77,11 @@ class Handed(Ticket):
             self.store.end(self)
         super().wait()
 
+    def end(self) -> None:
+        if not self._done.is_set():
+            self.store.end(self)
+        super().end()
+
 
 # Ticket, file, offset and where to; or a batch of reads of records and None.
 _Request = tuple[Ticket, Path, int, memoryview] | tuple[Ticket, Path, Pieces, None]
