@@ -261,10 +261,10 @@ def test_the_oracle_gives_the_dense_tokens(bundle, monkeypatch):
         if not layers:
             return found
         with fc.load(bundle, exact=True, context=32) as engine:
-            from flashinfer_cli.apps.calibrate import _gate
+            from flashinfer_cli.apps.calibrate import gate_rows
 
             for layer in layers:
-                gate, bias = _gate(engine.decoder.blocks[layer].ffn, engine)
+                gate, bias = gate_rows(engine.decoder.blocks[layer].ffn, engine)
                 found[layer] = Oracle(gate, bias, "relu")
         return found
 
