@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from flashinfer_cli.kernels import Kernels
+    from flashinfer_cli.kernels.native import NumbaKernels
 
 
 def pytest_collection_finish() -> None:
@@ -22,3 +28,23 @@ def dense(tmp_path: Path) -> Path:
 
     save_dense(tmp_path / "source")
     return tmp_path / "source"
+
+
+@pytest.fixture(scope="session")
+def numba() -> Iterator[NumbaKernels]:
+    """The compiled kernels on two threads, compiled before the test that asks for them is timed."""
+    from flashinfer_cli.kernels import select
+    from flashinfer_cli.kernels.native import NumbaKernels
+
+    chosen, warning = select("cpu", "compiled", threads=2)
+    assert isinstance(chosen, NumbaKernels) and warning is None
+    yield chosen
+    chosen.close()
+
+
+@pytest.fixture(scope="module", params=["numba", "reference"])
+def kernels(request: pytest.FixtureRequest, numba: NumbaKernels) -> Kernels:
+    """The kernels and their plain twin."""
+    from flashinfer_cli.kernels import select
+
+    return numba if request.param == "numba" else select("cpu", "reference")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,25 +12,12 @@ from tiny_models import make
 
 import flashinfer_cli as fc
 from flashinfer_cli.engine import Engine
-from flashinfer_cli.kernels import Kernels, select
+from flashinfer_cli.kernels import Kernels
 from flashinfer_cli.kernels.native import NumbaKernels
 from flashinfer_cli.kernels.program import Program
 from flashinfer_cli.layers.rope import Rope
 
 CONTEXT = 40
-
-
-@pytest.fixture(scope="module")
-def numba() -> Iterator[NumbaKernels]:
-    chosen, warning = select("cpu", "compiled", threads=2)
-    assert isinstance(chosen, NumbaKernels) and warning is None
-    yield chosen
-    chosen.close()
-
-
-@pytest.fixture(scope="module", params=["numba", "reference"])
-def kernels(request: pytest.FixtureRequest, numba: NumbaKernels) -> Kernels:
-    return numba if request.param == "numba" else select("cpu", "reference")[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (1, 16), (2, 5, 33), (70, 2048)])
