@@ -48,3 +48,11 @@ def kernels(request: pytest.FixtureRequest, numba: NumbaKernels) -> Kernels:
     from flashinfer_cli.kernels import select
 
     return numba if request.param == "numba" else select("cpu", "reference")[0]
+
+
+@pytest.fixture(scope="session")
+def sparse_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle whose neurons are predicted; to be copied by who would change it."""
+    from sparse_bundle import make
+
+    return make(tmp_path_factory.mktemp("sparse"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_neurons import SHAPE, write_predictors
+from sparse_bundle import SHAPE, write_predictors
 from tiny_models import make
 
 import flashinfer_cli as fc
@@ -41,7 +41,7 @@ def neurons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "m").mkdir()
     write_folder(model, data.train_tokenizer(["a cat sat on a mat"], 300), folder / "m")
     out = fc.bundle(folder / "m", folder / "b")
-    write_predictors(out, model)
+    write_predictors(out)
 
     def change(p: MemoryPlan) -> MemoryPlan:
         per_layer = len(p.pinned) // 3

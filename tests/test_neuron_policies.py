@@ -1,0 +1,102 @@
+"""Which neurons may stay: the policies by themselves, slots dealt to layers, and runs replayed from their traces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sparse_bundle import PROMPT, STEPS, reads, slots_of
+
+import flashinfer_cli as fc
+from flashinfer_cli.apps.recording import recording
+from flashinfer_cli.apps.replay import as_it_ran, replay
+from flashinfer_cli.bundles.sparsity import LayerSparsity
+from flashinfer_cli.cache.trace import read_trace
+from flashinfer_cli.cache.window import Window, deal, make_policy
+from flashinfer_cli.config import NEURON_POLICIES
+
+
+def test_window_by_hand():
+    policy = Window(10, 10, k=2)
+    assert [a.tolist() for a in policy.demand(np.array([1, 2]))] == [[1, 2], []]
+    assert [a.tolist() for a in policy.demand(np.array([2, 3]))] == [[3], []]
+    missing, gone = policy.demand(np.array([4]))  # the window is now {2, 3} and {4}: 1 goes
+    assert (missing.tolist(), gone.tolist()) == ([4], [1])
+    assert np.flatnonzero(policy.held).tolist() == [2, 3, 4]
+    assert (policy.hits, policy.misses) == (1, 4)
+
+
+def test_a_short_memory_shrinks_the_window():
+    policy = Window(10, 3, k=5)
+    policy.demand(np.array([0, 1]))
+    policy.demand(np.array([2]))
+    _, gone = policy.demand(np.array([3, 4]))  # room for one more: the oldest two of three go
+    assert sorted(gone.tolist()) == [0, 1] and policy.held.sum() == 3
+
+
+@pytest.mark.parametrize("name", NEURON_POLICIES)
+@pytest.mark.parametrize("capacity", [0, 1, 7, 20, 64])
+def test_policies_keep_their_promises(name, capacity):
+    """Never more than there is room for; what is demanded is held where it fits; every id demanded is counted."""
+    random = np.random.default_rng(capacity)
+    policy = make_policy(name, 64, capacity, 3)
+    held: set[int] = set()
+    asked = 0
+    for _ in range(200):
+        ids = np.flatnonzero(random.random(64) < 0.15)
+        missing, gone = policy.demand(ids)
+        asked += len(ids)
+        assert set(missing.tolist()) == set(ids.tolist()) - held
+        held -= set(gone.tolist())
+        assert not held & set(gone.tolist()) and not set(gone.tolist()) & set(ids.tolist())
+        held = set(np.flatnonzero(policy.held).tolist())
+        assert len(held) <= capacity
+        assert len(held & set(ids.tolist())) == min(len(ids), max(capacity, 0)) or len(ids) <= capacity
+    assert policy.hits + policy.misses == asked
+    assert policy.hits > 0 or capacity < 7
+
+
+def test_slots_go_where_they_are_wanted():
+    counts, widths = dict.fromkeys(range(3), 100), {0: 512, 1: 512, 2: 1024}
+    wants = {0: 0.6, 1: 0.1, 2: 0.1}
+    assert deal(40 * 512, counts, widths, wants) == {0: 28, 1: 4, 2: 4}  # 6 to 1 to 1, of what there is
+    assert deal(10**9, counts, widths, wants) == counts
+    for room in (0, 511, 77_777, 200_000):
+        found = deal(room, counts, widths, wants)
+        assert 0 <= room - sum(widths[i] * n for i, n in found.items()) < 2048 or found == counts
+        assert found[0] >= found[1] >= found[2]
+    layer = LayerSparsity(0, 8, 1, 0.05, 0.1, 1.0, 0.5, {"1": 0.04, "2": 0.03, "4": 0.02})
+    assert layer.working_set(1) == 0.1 and layer.working_set(5) == pytest.approx(0.1 + 0.04 + 0.03 + 0.03 + 0.02)
+
+
+@pytest.mark.parametrize("policy", NEURON_POLICIES)
+@pytest.mark.parametrize("slots", [0, 40, 100, None])
+def test_replay_counts_what_the_run_counted(sparse_bundle, tmp_path, monkeypatch, policy, slots):
+    options = {}
+    if slots is not None:
+        slots_of(monkeypatch, 3 * slots * 512)
+        options = {"stream": "always", "neuron_policy": policy, "window": 3}
+    with fc.load(sparse_bundle, context=32, **options) as engine, recording(engine, tmp_path / "t.jsonl.gz"):
+        session = engine.session()
+        session.prefill(PROMPT)
+        for token in STEPS:
+            session.step(token)
+        computed = sum(count for (phase, _), (count, _) in engine.recorder.neuron_counts.items() if phase == "decode")
+        layers = engine.neurons.layers.values() if slots is not None else []
+        misses = sum(layer.policy.misses for layer in layers)
+        hits = sum(layer.policy.hits for layer in layers) if layers else computed
+        if layers:
+            engine.neurons.settle()
+        asked = reads(engine.report()) - engine.report().wasted_bytes
+        assert asked == misses * 512 and hits + misses == computed > 1000
+    trace = read_trace(tmp_path / "t.jsonl.gz")
+    again = as_it_ran(trace)
+    assert (again.hits(), again.misses()) == (hits, misses) and trace.tokens("decode") == len(STEPS)
+    assert (misses == 0) == (slots is None)
+    if slots == 40:
+        share = slots / 160
+        found = replay(tmp_path / "t.jsonl.gz", shares=[share, 1.0])
+        part, whole = found["points"]
+        mine = part["policies"][policy]
+        assert mine["hit_ratio"] == hits / computed
+        assert all(each["hit_ratio"] <= part["belady"]["hit_ratio"] for each in part["policies"].values())
+        assert mine["bytes_per_token"] == misses * 512 / len(STEPS) and whole["bytes"] == 3 * 160 * 512
