@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,20 +39,17 @@ import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
 from flashinfer_cli import zoo
 from flashinfer_cli.apps.calibrate import calibrate, read_text
-from flashinfer_cli.bundles.format import RecordPart
 from flashinfer_cli.bundles.reorder import reorder
 from flashinfer_cli.bundles.sparsity import read_sparsity
 from flashinfer_cli.cache.neurons import NeuronCache
-from flashinfer_cli.cache.slots import NeuronFile
 from flashinfer_cli.cli.console import Console
 from flashinfer_cli.cli.tables import Table
-from flashinfer_cli.config import NEURON_BLOCK, NEURON_STAGES, RunConfig
-from flashinfer_cli.device import allocate
-from flashinfer_cli.models import build
+from flashinfer_cli.config import NEURON_BLOCK, RunConfig
+from flashinfer_cli.models import build_neurons
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import MemoryPlan, Sizes, pin
-from flashinfer_cli.store.flash import Ticket
 
+from .flash_parts import in_parts, take_apart
 from .machine import drive_rate, emit
 
 WARM = 8  # decoded tokens that are left out: the slots still fill
@@ -84,87 +81,13 @@ ROWS = (
 )
 
 
-# ------------------------------------------------------------------ neurons in parts
-
-
-def take_apart(bundle: Path, folder: Path) -> dict[tuple[Path, int], list[NeuronFile]]:
-    """Write every layer's matrices into files of their own, the down projection by columns; by place of the records."""
-    checkpoint = open_model(bundle).checkpoint
-    records: dict[int, Any] = getattr(checkpoint, "records", {})
-    found = {}
-    for layer, layout in records.items():
-        info = checkpoint.tensors[layout.tensor]
-        rows = np.memmap(info.path, np.uint8, "r", info.offset, (layout.count, layout.width_bytes))
-        parts: list[NeuronFile] = []
-        part: RecordPart
-        for part in layout.parts:
-            file = folder / f"{layer}.{part.role}"
-            if not file.exists():
-                rows[:, part.offset : part.offset + part.nbytes].tofile(file)
-            parts.append(NeuronFile(file, 0, layout.count, part.nbytes))
-        found[info.path, info.offset] = parts
-    return found
-
-
-class _All:
-    """Tickets as one; ends with copying parts to where whole records are expected."""
-
-    def __init__(self, tickets: list[Ticket], join: Callable[[], None]) -> None:
-        self.tickets, self.join = tickets, join
-        self.ready, self.error = False, None  # of a wait before
-
-    def wait(self) -> None:
-        if not self.ready:
-            for ticket in self.tickets:
-                ticket.wait()
-            self.join()
-            self.ready = True
-
-
-def in_parts(parts: dict[tuple[Path, int], list[NeuronFile]]) -> type[NeuronCache]:
-    """The neuron cache, reading each part of a neuron from a file of its own."""
-
-    staging: dict[str, np.ndarray] = {}
-
-    class PartedCache(NeuronCache):
-        under_way: tuple[_All, ...] = ()
-
-        def read(self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...]) -> Any:
-            for ticket in self.under_way:  # all have the same places to come to
-                ticket.wait()
-            tickets, buffers = [], []
-            for part in parts[file.path, file.base]:
-                if part.path.suffix not in staging:
-                    most = NEURON_STAGES * NEURON_BLOCK
-                    staging[part.path.suffix] = allocate(most * part.width).reshape(most, part.width)
-                buffer = staging[part.path.suffix]
-                at = buffer.ctypes.data + part.width * np.arange(len(ids))
-                tickets.append(self.store.read_records(part.path, part.base, part.width, ids, at, (buffer,), "neuron"))
-                buffers.append(buffer)
-
-            def join() -> None:
-                for into in memory:
-                    at = addresses - into.ctypes.data
-                    mine = np.flatnonzero((at >= 0) & (at < into.nbytes))
-                    place = 0
-                    for buffer in buffers:
-                        into[at[mine] // file.width, place : place + buffer.shape[1]] = buffer[mine]
-                        place += buffer.shape[1]
-
-            ticket = _All(tickets, join)
-            self.under_way = (ticket,)
-            return ticket
-
-    return PartedCache
-
-
 # ------------------------------------------------------------------ one row
 
 
 @contextmanager
 def arranged(row: Row, share: float, predictors: int, cache: type[NeuronCache]) -> Iterator[None]:
     """Load models with the memory that a row says, whatever the budget would be."""
-    made, plain = engine_module.make_plan, build.NeuronCache
+    made, plain = engine_module.make_plan, build_neurons.NeuronCache
 
     def plan(sizes: Sizes, **given: Any) -> MemoryPlan:
         found = made(sizes, **{**given, "stream": "always"})
@@ -180,12 +103,12 @@ def arranged(row: Row, share: float, predictors: int, cache: type[NeuronCache]) 
         return replace(found, pinned=trunk, neuron_bytes=left if row.keep == "slots" else 0, late_bytes=0)
 
     engine_module.make_plan = plan
-    build.NeuronCache = cache  # type: ignore[misc]
+    build_neurons.NeuronCache = cache  # type: ignore[misc]
     try:
         yield
     finally:
         engine_module.make_plan = made
-        build.NeuronCache = plain  # type: ignore[misc]
+        build_neurons.NeuronCache = plain  # type: ignore[misc]
 
 
 def run(bundle: Path, ids: list[int], prompt: int, row: Row) -> dict[str, Any]:

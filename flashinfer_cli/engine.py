@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,19 @@ from .config import DEFAULT_CONTEXT, MEASURED_MODEL, ModelConfig, RunConfig, Sam
 from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.speculative import Speculator
-from .errors import BudgetError, CorruptCheckpointError, TokenizerError, UsageError
+from .errors import BudgetError, TokenizerError, UsageError
 from .kernels import select
 from .layers.linear import Runtime
 from .models.ahead import read_ahead
 from .models.build import Builder
+from .models.diagnose import check_finite
 from .models.layout import ModelLayout, lay_out
 from .models.open import OpenModel
 from .models.predictors import load_predictors
 from .models.sizes import sizes_of
 from .plan import MemoryPlan, make_plan
 from .recorder import Recorder
-from .report import RunReport, readings
+from .report import RunReport, expert_cache, readings
 from .store.flash import FlashStore
 from .store.tuning import Reading, drive_of, kept, reading_of
 from .tokenizer import Tokenizer
@@ -118,12 +120,12 @@ class Engine:
             del metadata[key]  # read by now, and large
         self._warm_up()
         self.sparsity = None if run.exact else model.sparsity
-        sparse_layers = [layer.layer for layer in self.sparsity.layers] if self.sparsity is not None else []
+        known = self.sparsity.layers if self.sparsity is not None else ()
+        sparse_layers = [layer.layer for layer in known]
         predictors = load_predictors(model.checkpoint.path, sparse_layers, self.kernels, self.device)
         bundled_experts = model.config.moe is not None and model.checkpoint.kind == "bundle"
         self.probes = read_ahead(model.checkpoint.path) if bundled_experts else {}
         layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers, run.degrade > 0)
-        known = self.sparsity.layers if self.sparsity is not None else ()
         self.neuron_wants = {layer.layer: layer.working_set(run.window) for layer in known}
         records = getattr(model.checkpoint, "records", {})
         self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}
@@ -152,7 +154,7 @@ class Engine:
                 self.decoder = builder.build(run, predictors, self.neuron_wants, self.probes)
                 feed.progress = None
                 self.experts = builder.experts.cache if builder.experts is not None else None
-                self.neurons = builder.neurons
+                self.neurons = builder.neurons.cache if builder.neurons is not None else None
                 self.store.tick()
             assert self.run.context is not None
             self._kv = KVCache(model.config, self.run.context, self.device.name)
@@ -189,22 +191,12 @@ class Engine:
     def checkpoint(self) -> Checkpoint:
         return self.model.checkpoint
 
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, its end-of-sequence ids completed from the config and the tokenizer."""
-        given = dict(self.model.checkpoint.generation_config)
-        if given.get("eos_token_id") is None:
-            known = list(self.config.eos_token_ids)
-            if not isinstance(self._tokenizer, TokenizerError):
-                known += [i for i in self._tokenizer.eos_token_ids if i not in known]
-            given["eos_token_id"] = known
-        return given
-
     # ---- running it
     def session(self) -> Session:
         """A new, empty sequence. It takes over the engine's keys and values from the session before."""
         self._kv.trim(0)
-        return Session(self.decoder, self._kv, self.recorder, chunk=self.plan.chunk, check=self._check)
+        check = partial(check_finite, checkpoint=self.checkpoint, kernels=self.kernels)
+        return Session(self.decoder, self._kv, self.recorder, chunk=self.plan.chunk, check=check)
 
     def logits(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """float32 [T, vocab_size]: one forward pass over the whole sequence. The result itself is not in the budget."""
@@ -237,7 +229,7 @@ class Engine:
     ) -> Iterator[TokenEvent]:
         """Continue a session by a prompt's ids; yields an event a token."""
         check_ids(ids, self.config.vocab_size)
-        params = (sampling or SamplingParams()).resolved(self.generation_config)
+        params = (sampling or SamplingParams()).resolved(self.model.generation_config)
         text = None if isinstance(self._tokenizer, TokenizerError) else self._tokenizer.stream()
         if text is None and params.stop:
             raise UsageError("Stop strings need a tokenizer, and this model has none.")
@@ -263,26 +255,6 @@ class Engine:
         biased = self.run.cache_bias + self.run.cache_gap > 0 and self.experts is not None
         return "sparse" if self.sparsity is not None or biased else self.model.exactness
 
-    def _expert_cache(self) -> dict[str, Any] | None:
-        cache = self.experts
-        if cache is None:
-            return None
-        return {
-            "policy": cache.policy.name, "slots": cache.policy.capacity, "experts": cache.policy.total,
-            "transit": cache.slots - cache.policy.capacity, "slot_bytes": cache.slot_bytes,
-            "prefetch": cache.guessing.verdict(), "lookahead": cache.lookahead, "cache_bias": self.run.cache_bias,
-            "cache_gap": self.run.cache_gap, "degrade": self.run.degrade,
-        }  # fmt: skip
-
-    def _check(self, logits: torch.Tensor) -> None:
-        """Raises CorruptCheckpointError, naming the tensor at fault where there is one, when logits are not numbers."""
-        if torch.isnan(logits).any():
-            from .models.diagnose import first_bad_tensor
-
-            name = first_bad_tensor(self.model.checkpoint, self.kernels)
-            where = f"tensor '{name}' holds NaN or infinite values" if name else "an activation overflowed"
-            raise CorruptCheckpointError(f"The model's output is not a number: {where}.")
-
     def report(self) -> RunReport:
         """The account so far."""
         self.store.tick()
@@ -307,7 +279,7 @@ class Engine:
             streamed_bytes=plan.streamed_bytes,
             **readings(self.recorder),
             first_token_seconds=self._first_token,
-            expert_cache=self._expert_cache(),
+            expert_cache=None if self.experts is None else expert_cache(self.experts, self.run),
             drive=self.drive,
             speculation=None if self.speculator is None else self.speculator.report(),
             warnings=tuple(self.warnings),

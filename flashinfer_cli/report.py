@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .config import format_size
+from .config import RunConfig, format_size
 from .recorder import PHASES, PhaseName, Recorder, Step
 
 __all__ = [
-    "PHASES", "PhaseReport", "PlanPart", "Recorder", "RunReport", "Step", "expert_rows", "io_rows", "layer_rows",
-    "phase_report", "readings",
+    "PHASES", "PhaseReport", "PlanPart", "Recorder", "RunReport", "Step", "expert_cache", "expert_rows", "io_rows",
+    "layer_rows", "phase_report", "readings",
 ]  # fmt: skip
 
 
@@ -184,6 +184,16 @@ def expert_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:
         for (phase, layer), count in sorted(recorder.expert_counts.items())
         if phase != "load"
     )  # fmt: skip
+
+
+def expert_cache(cache: Any, run: RunConfig) -> dict[str, Any]:
+    """The settings of an expert cache (`cache.experts`) as they came to be, and those of the run that touch it."""
+    return {
+        "policy": cache.policy.name, "slots": cache.policy.capacity, "experts": cache.policy.total,
+        "transit": cache.slots - cache.policy.capacity, "slot_bytes": cache.slot_bytes,
+        "prefetch": cache.guessing.verdict(), "lookahead": cache.lookahead, "cache_bias": run.cache_bias,
+        "cache_gap": run.cache_gap, "degrade": run.degrade,
+    }  # fmt: skip
 
 
 def io_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:

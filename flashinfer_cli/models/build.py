@@ -8,12 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..cache.neurons import NeuronCache
-from ..cache.pinned import Pinned
-from ..cache.slots import NeuronFile
-from ..cache.window import deal, make_policy
 from ..checkpoint.base import Checkpoint
-from ..config import NEURON_BLOCK, NEURON_GUESSES, MlaConfig, ModelConfig, RunConfig
+from ..config import MlaConfig, ModelConfig, RunConfig
 from ..device import Device
 from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
@@ -31,6 +27,7 @@ from ..layers.rope import Rope
 from ..plan import MemoryPlan
 from .ahead import Maps
 from .build_experts import ExpertBuilder, has_experts
+from .build_neurons import NeuronBuilder
 from .decoder import Block, Decoder, default_scale
 from .layout import LayerLayout, MatrixLayout, ModelLayout
 
@@ -48,8 +45,7 @@ class Builder:
         self.device: Device = rt.feed.device
         self.tensors = checkpoint.tensors
         self.experts: ExpertBuilder | None = None
-        self.predictors: Mapping[int, Demand] = {}
-        self.neurons: NeuronCache | Pinned | None = None
+        self.neurons: NeuronBuilder | None = None
         self._ropes: dict[object, Rope] = {}
         self._kv_b = torch.empty(0)
         self._bench = Bench()
@@ -87,34 +83,6 @@ class Builder:
 
     def _linear(self, layer: int, role: str, matrix: MatrixLayout) -> Linear:
         return Linear(matrix.parts, matrix.format, matrix.rows, matrix.cols, self._get(layer, f"{role}.bias"))
-
-    # ---- neurons
-    def use_neurons(
-        self, predictors: Mapping[int, Demand], wants: Mapping[int, float], policy: str, window: int, guesses: int
-    ) -> None:
-        """Make slots for the neurons of the layers that have predictors, by the share of them that each wants."""
-        self.predictors = predictors
-        sparse = {i: layer for i, layer in enumerate(self.layout.layers) if layer.sparse}
-        if all(part.slice.home is not None for layer in sparse.values() for part in layer.record_parts):
-            self.neurons = Pinned(self.device, self.rt.recorder, NEURON_BLOCK)
-            return
-        counts = {i: layer.records.count for i, layer in sparse.items() if layer.records is not None}
-        widths = {i: layer.records.width_bytes for i, layer in sparse.items() if layer.records is not None}
-        early, room = (
-            deal(nbytes, counts, widths, wants)
-            for nbytes in (self.plan.neuron_bytes, self.plan.neuron_bytes + self.plan.late_bytes)
-        )
-        late = {index: max(0, slots - early[index]) for index, slots in room.items()}
-        files, policies = {}, {}
-        for index, layer in sparse.items():
-            records, place = layer.records, layer.records_base
-            assert records is not None and place is not None
-            files[index] = NeuronFile(place[0], place[1], records.count, records.width_bytes)
-            policies[index] = make_policy(policy, records.count, room[index], window)
-        rt = self.rt
-        self.neurons = NeuronCache(
-            rt.feed.store, self.device, rt.recorder, files, policies, NEURON_BLOCK, guesses, late
-        )
 
     # ---- layers
     def _rope(self, index: int, head_dim: int) -> Rope | None:
@@ -203,12 +171,7 @@ class Builder:
             if not layer.sparse:
                 return dense
             assert self.neurons is not None
-            if isinstance(self.neurons, Pinned):
-                homes = [
-                    part.slice.home.view(part.rows, -1) for part in layer.record_parts if part.slice.home is not None
-                ]
-                self.neurons.homes[index] = (homes, layer.record_parts[0].rows)
-            return SparseFfn(index, dense, self.predictors[index], self.neurons, layer.records.count)
+            return self.neurons.ffn(index, layer, dense)
         return self._dense(index, layer, "")
 
     def _dense(self, index: int, layer: LayerLayout, prefix: str) -> DenseFfn:
@@ -284,8 +247,7 @@ class Builder:
         if has_experts(layout):
             self.experts = ExpertBuilder(self.config, layout, plan, rt, run, self._get, probes or {})
         if predictors:
-            guesses = NEURON_GUESSES * run.prefetch_neurons
-            self.use_neurons(predictors, wants or {}, run.neuron_policy, run.window, guesses)
+            self.neurons = NeuronBuilder(layout, plan, rt, run, predictors, wants or {})
         config = self.config
         projections = {role: self._linear(-1, role, matrix) for role, matrix in layout.model.items()}
         embed_info = self.tensors[layout.embed_tensor]

@@ -8,7 +8,16 @@ import torch
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.rows import read_rows
 from ..config import MiB
+from ..errors import CorruptCheckpointError
 from ..kernels import Kernels
+
+
+def check_finite(logits: torch.Tensor, checkpoint: Checkpoint, kernels: Kernels) -> None:
+    """Raises CorruptCheckpointError, naming the tensor at fault where there is one, when logits are not numbers."""
+    if torch.isnan(logits).any():
+        name = first_bad_tensor(checkpoint, kernels)
+        where = f"tensor '{name}' holds NaN or infinite values" if name else "an activation overflowed"
+        raise CorruptCheckpointError(f"The model's output is not a number: {where}.")
 
 
 def first_bad_tensor(checkpoint: Checkpoint, kernels: Kernels) -> str | None:

@@ -3,6 +3,7 @@ share."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..checkpoint.base import Checkpoint
 from ..checkpoint.hub import resolve
 from ..checkpoint.open import is_bundle, open_checkpoint
 from ..config import ModelConfig, WeightMap
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, TokenizerError
 from ..tokenizer import Tokenizer, load_tokenizer
 from .families import FAMILIES
 from .hf_config import parse_config
@@ -34,6 +35,17 @@ class OpenModel:
     def tokenizer(self) -> Tokenizer:
         """Loaded when first asked for; TokenizerError where there is none."""
         return load_tokenizer(self.checkpoint)
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, its end-of-sequence ids completed from the config and the tokenizer."""
+        given = dict(self.checkpoint.generation_config)
+        if given.get("eos_token_id") is None:
+            known = list(self.config.eos_token_ids)
+            with suppress(TokenizerError):
+                known += [i for i in self.tokenizer.eos_token_ids if i not in known]
+            given["eos_token_id"] = known
+        return given
 
     @cached_property
     def sparsity(self) -> Sparsity | None:
