@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -99,3 +100,18 @@ def test_code_that_others_could_have_put_there_is_not_used(tmp_path: Path, monke
     (folder / warm._OBJECT).write_bytes(b"")
     folder.chmod(0o777)
     assert warm.cache_dir().parent == ours
+
+
+def test_compiled_code_depends_on_all_its_sources() -> None:
+    """What `cpu` imports of the package, and what that imports in turn: a change in one left out would go unnoticed."""
+    from flashinfer_cli.kernels import warm
+
+    folder, seen, left = Path(warm.__file__).parent, set(), ["cpu.py"]
+    while left:
+        name = left.pop()
+        seen.add(name)
+        for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                found = f"{'../' * (node.level - 1)}{(node.module or '').replace('.', '/')}.py"
+                left += [found] if found not in seen else []
+    assert seen | {"warm.py"} == set(warm._SOURCES)

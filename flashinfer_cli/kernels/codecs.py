@@ -172,3 +172,15 @@ DECODERS: dict[str, Callable[[Pointer, Target], None]] = {
     "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "Q4_G64": _q4_g64,
     "MXFP4": _mxfp4,
 }  # fmt: skip
+
+
+class Decoded:
+    """A block's values in registers, in their order: what a decoder that is given this as its target leaves."""
+
+    def __init__(self, fmt: str, source: Pointer) -> None:
+        self.values: list[Lanes] = []
+        DECODERS[fmt](source, self)
+
+    def store(self, offset: int, value: Lanes) -> None:
+        assert offset == 4 * LANES * len(self.values) and value.count == LANES, offset
+        self.values.append(value)

@@ -17,7 +17,6 @@ from typing import Any
 
 from numba import float32, int32
 
-from .dots import mix
 from .jobs import (
     ABOVE_ZERO,
     ADD_UP,
@@ -58,6 +57,7 @@ from .memory import (
     store_int,
     write,
 )
+from .mixes import mix
 from .products import F32, choose, compiled, converted, linear, neurons
 from .tokens import above_zero, attend_heads, norm_rows, rotate_heads
 

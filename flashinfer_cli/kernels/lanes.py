@@ -2,14 +2,13 @@
 
 Left to itself, a compiler vectorises the loop for one token and the loop for eight differently, and their sums differ
 in the last bits. Here every vector operation is written out: 16 lanes, whatever the machine's registers hold (LLVM
-splits or joins them), multiply-adds in a fixed order. Used while Numba compiles (`dots`, `codecs`, `memory`); nothing
-here runs afterwards.
+splits or joins them), multiply-adds in a fixed order. Used while Numba compiles (`loops`, `codecs` and what is made of
+them); nothing here runs afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -215,25 +214,3 @@ class Pointer:
         if fmt == "F16":
             return self.half(offset, count)
         return (self.load(offset, I16, count).widen(I32) << 16).as_bits(F32)
-
-
-def constant(builder: ir.IRBuilder, value: int) -> Any:
-    """An int64 constant."""
-    return ir.Constant(I64, value)
-
-
-@contextmanager
-def loop(builder: ir.IRBuilder, start: Any, stop: Any, step: int) -> Iterator[Any]:
-    """for index in range(start, stop, step), over int64 values; yields the index."""
-    before = builder.basic_block
-    head, body, end = (builder.append_basic_block(name) for name in ("loop.head", "loop.body", "loop.end"))
-    builder.branch(head)
-    builder.position_at_end(head)
-    index = builder.phi(I64)
-    index.add_incoming(start, before)
-    builder.cbranch(builder.icmp_signed("<", index, stop), body, end)
-    builder.position_at_end(body)
-    yield index
-    index.add_incoming(builder.add(index, ir.Constant(I64, step)), builder.basic_block)
-    builder.branch(head)
-    builder.position_at_end(end)

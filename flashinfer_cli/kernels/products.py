@@ -7,7 +7,8 @@ from typing import Any
 
 from numba import float32, njit
 
-from .dots import MOST_ROWS, MOST_TOKENS, WIDE_TOKENS, convert, dot, mix, variant
+from .conversions import convert
+from .dots import MOST_ROWS, MOST_TOKENS, WIDE_TOKENS, dot, variant
 from .jobs import (
     BLOCK_COLS,
     BLOCK_TOKENS,
@@ -20,6 +21,7 @@ from .jobs import (
     PADDING,
 )
 from .memory import load_float, load_int, store_float
+from .mixes import mix
 from .tiles import TILE_ROWS, TILE_TOKENS, VECTOR, tile, tile_variant
 
 F32 = CODES["F32"]

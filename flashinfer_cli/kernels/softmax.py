@@ -7,15 +7,15 @@ Cephes: within 2 units in the last place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .dots import _bytes, _choice, _number, _zeros
-from .lanes import F32, I32, LANES, Lanes, Pointer, loop
+from .lanes import F32, I32, LANES, Lanes, Pointer
+from .loops import bytes_of, loop, number, zeros
+from .variants import choice
 
 MAGIC = 1.5 * 2**23  # added to a small float it leaves the nearest whole number in the last bits
 LEAST = -87.0  # exp of less is taken for this one: some 1e-38
@@ -49,23 +49,22 @@ def _softmax(b: ir.IRBuilder, scores: Any, n: Any, scale: Any, total: Any) -> No
     factor = Lanes(b, b.bitcast(b.trunc(scale, I32), F32)).splat(LANES)
     most = cgutils.alloca_once(b, factor.type)
     b.store(factor._same(float("-inf")), most)
-    with loop(b, _number(0), n, LANES) as i:
-        b.store(_pick(b, ">", row.load(_bytes(b, i, 4), F32, LANES), Lanes(b, b.load(most))).value, most)
+    with loop(b, number(0), n, LANES) as i:
+        b.store(_pick(b, ">", row.load(bytes_of(b, i, 4), F32, LANES), Lanes(b, b.load(most))).value, most)
     top = Lanes(b, b.load(most))
     while top.count > 1:
         half = top.count // 2
         top = _pick(b, ">", top.lanes(range(half)), top.lanes(range(half, 2 * half)))
     top = (Lanes(b, b.extract_element(top.value, ir.Constant(I32, 0))) * -1.0).splat(LANES)
-    sums = _zeros(b, 1, LANES)[0]
-    with loop(b, _number(0), n, LANES) as i:
-        value = exp(b, (row.load(_bytes(b, i, 4), F32, LANES) + top) * factor)
-        row.store(_bytes(b, i, 4), value)
+    sums = zeros(b, 1, LANES)[0]
+    with loop(b, number(0), n, LANES) as i:
+        value = exp(b, (row.load(bytes_of(b, i, 4), F32, LANES) + top) * factor)
+        row.store(bytes_of(b, i, 4), value)
         b.store((Lanes(b, b.load(sums)) + value).value, sums)
     Pointer(b, total).store(0, Lanes(b, b.load(sums)).total())
 
 
-_EMIT: dict[int, Callable[..., None]] = {0: _softmax}
-_SOFTMAX = _choice("softmax", 4, _EMIT)
+_SOFTMAX = choice("softmax", 4, {0: _softmax})
 
 
 @intrinsic

@@ -13,8 +13,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .dots import Emit, _accumulate, _bytes, _choice, _number, _rows, _whole, _zeros
-from .lanes import F32, LANES, Lanes, has_avx512, loop
+from .lanes import F32, LANES, Lanes, has_avx512
+from .loops import accumulate, bytes_of, loop, number, rows_at, whole, zeros
+from .variants import Emit, choice
 
 # Four rows by six tokens fill the 32 registers of AVX-512, two by three the 16 of AVX2.
 TILE_ROWS, TILE_TOKENS = (4, 6) if has_avx512() else (2, 3)
@@ -28,33 +29,22 @@ def tile_variant(rows: int, tokens: int) -> int:
 def _tile(rows: int, tokens: int) -> Emit:
     pairs = [(r, t) for r in range(rows) for t in range(tokens)]
 
-    def emit(
-        b: ir.IRBuilder,
-        row: Any,
-        pitch: Any,
-        x: Any,
-        x_stride: Any,
-        n: Any,
-        lanes: Any,
-        lanes_stride: Any,
-        out: Any,
-        out_stride: Any,
-        place: Any,
-    ) -> None:
-        weights, inputs = _rows(b, row, pitch, rows), _rows(b, x, x_stride, tokens)
-        resting, outputs = _rows(b, lanes, lanes_stride, tokens), _rows(b, out, out_stride, tokens)
-        sums, tails = _zeros(b, len(pairs), LANES), _zeros(b, len(pairs), 1)
-        main = _whole(b, n, LANES)
-        with b.if_then(b.icmp_signed("==", b.and_(place, _number(1)), _number(0))):  # not the first block
+    def emit(b: ir.IRBuilder, *given: Any) -> None:
+        row, pitch, x, x_stride, n, lanes, lanes_stride, out, out_stride, place = given
+        weights, inputs = rows_at(b, row, pitch, rows), rows_at(b, x, x_stride, tokens)
+        resting, outputs = rows_at(b, lanes, lanes_stride, tokens), rows_at(b, out, out_stride, tokens)
+        sums, tails = zeros(b, len(pairs), LANES), zeros(b, len(pairs), 1)
+        main = whole(b, n, LANES)
+        with b.if_then(b.icmp_signed("==", b.and_(place, number(1)), number(0))):  # not the first block
             for slot, (r, t) in zip(sums, pairs, strict=True):
                 b.store(resting[t].load(VECTOR * r, F32, LANES).value, slot)
-        for start, stop, step, slots in ((_number(0), main, LANES, sums), (main, n, 1, tails)):
+        for start, stop, step, slots in ((number(0), main, LANES, sums), (main, n, 1, tails)):
             with loop(b, start, stop, step) as i:
-                value = [pointer.load(_bytes(b, i, 4), F32, step) for pointer in inputs]
-                weight = [pointer.load(_bytes(b, i, 4), F32, step) for pointer in weights]
+                value = [pointer.load(bytes_of(b, i, 4), F32, step) for pointer in inputs]
+                weight = [pointer.load(bytes_of(b, i, 4), F32, step) for pointer in weights]
                 for slot, (r, t) in zip(slots, pairs, strict=True):
-                    _accumulate(b, slot, weight[r], value[t])
-        with b.if_else(b.icmp_signed("==", b.and_(place, _number(2)), _number(0))) as (between, last):
+                    accumulate(b, slot, weight[r], value[t])
+        with b.if_else(b.icmp_signed("==", b.and_(place, number(2)), number(0))) as (between, last):
             with between:
                 for slot, (r, t) in zip(sums, pairs, strict=True):
                     resting[t].store(VECTOR * r, Lanes(b, b.load(slot)))
@@ -65,7 +55,7 @@ def _tile(rows: int, tokens: int) -> Emit:
     return emit
 
 
-_TILES = _choice(
+_TILES = choice(
     "tile",
     10,
     {tile_variant(rows, tokens): _tile(rows, tokens) for rows in {1, TILE_ROWS} for tokens in {1, 3, TILE_TOKENS}},

@@ -11,8 +11,9 @@ from typing import Any
 
 from numba import float32
 
-from .dots import MOST_ROWS, mix
+from .dots import MOST_ROWS
 from .memory import load_float, store_float, store_int
+from .mixes import mix
 from .products import F32, choose, compiled, dots, tile_of
 from .softmax import exponentials
 
