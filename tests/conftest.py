@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from tiny_models import Tiny
+
     from flashinfer_cli.kernels import Kernels
     from flashinfer_cli.kernels.native import NumbaKernels
 
@@ -48,6 +51,24 @@ def kernels(request: pytest.FixtureRequest, numba: NumbaKernels) -> Kernels:
     from flashinfer_cli.kernels import select
 
     return numba if request.param == "numba" else select("cpu", "reference")[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """tiny(family, index): the folder and the model of `tiny_models.make`, each made once; only to be read."""
+    from tiny_models import make
+
+    root = tmp_path_factory.mktemp("tiny")
+    written: dict[Path, int] = {}
+
+    @cache
+    def made(family: str, index: int) -> tuple[Path, Any]:
+        found = make(family, index, root / f"{family}-{index}")
+        written.update((path, path.stat().st_mtime_ns) for path in found[0].iterdir())
+        return found
+
+    yield made
+    assert written == {path: path.stat().st_mtime_ns for path in root.glob("*/*")}, "a test wrote to what all share"
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tiny_models import make
+from tiny_models import Tiny, make
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import flashinfer_cli as fc
@@ -116,11 +116,11 @@ def test_context_bounds(engine: fc.Engine) -> None:
     assert len(events) == 6 and events[-1].finish_reason == "length"
 
 
-def test_the_context_is_what_the_prompt_needs(folder: Path, tmp_path: Path) -> None:
+def test_the_context_is_what_the_prompt_needs(folder: Path, tiny: Tiny) -> None:
     for options, context in (({}, 17), ({"context": 30}, 30)):
         with fc.load(folder, need=lambda tokenizer: len(tokenizer.encode("Once")) + 13, **options) as engine:
             assert engine.plan.context == context
-    bare, _ = make("llama", 0, tmp_path / "bare")
+    bare, _ = tiny("llama", 0)
     with pytest.raises(TokenizerError):  # before any weight is loaded
         fc.load(bare, need=lambda tokenizer: 1)
 
@@ -145,8 +145,8 @@ def test_chat_reads_each_turn_once(engine: fc.Engine) -> None:
     assert [m["role"] for m in chat.messages] == ["system"]
 
 
-def test_without_a_tokenizer_ids_still_work(tmp_path: Path) -> None:
-    folder, _ = make("llama", 0, tmp_path / "model")
+def test_without_a_tokenizer_ids_still_work(tiny: Tiny) -> None:
+    folder, _ = tiny("llama", 0)
     with fc.load(folder, context=20) as bare:
         assert bare.logits([1, 2, 3]).shape == (3, 128)
         assert len(ids_of(bare, [1, 2], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))) == 3

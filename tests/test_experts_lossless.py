@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make, tiny_config_dicts
+from tiny_models import Tiny, make, tiny_config_dicts
 
 import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
@@ -22,8 +22,8 @@ PROMPT, STEPS = [5, 9, 100, 3, 77, 31, 8], 14
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(*request.param, tmp_path_factory.mktemp("moe") / "model")[0]
+def folder(request: pytest.FixtureRequest, tiny: Tiny) -> Path:
+    return tiny(*request.param)[0]
 
 
 def logits_of(engine: Engine, steps: int = STEPS) -> torch.Tensor:
@@ -88,9 +88,8 @@ def test_every_policy_and_size(
 
 
 @pytest.fixture(scope="module")
-def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    folder = make("deepseek_v2", 0, tmp_path_factory.mktemp("all") / "model")[0]
-    out = fc.bundle(folder, folder.parent / "bundle")
+def bundled(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    out = fc.bundle(tiny("deepseek_v2", 0)[0], tmp_path_factory.mktemp("all") / "bundle")
     with fc.load(out, stream="never", context=60, prefill_chunk=4) as engine:
         return out, logits_of(engine)
 

@@ -36,8 +36,8 @@ def theirs(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("family", "index"), CASES)
-def test_converted_runs_as_in_transformers(family, index, tmp_path):
-    source, _ = make(family, index, tmp_path / family)
+def test_converted_runs_as_in_transformers(family, index, tiny, tmp_path):
+    source, _ = tiny(family, index)
     before = logits(source)
     convert_heads(source, tmp_path / "one", 1)
     ours = logits(tmp_path / "one")
@@ -46,8 +46,8 @@ def test_converted_runs_as_in_transformers(family, index, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "index"), [*CASES, ("opt", 0), ("persimmon", 0)])
-def test_as_many_heads_are_the_same_bits(family, index, tmp_path):
-    source, _ = make(family, index, tmp_path / family)
+def test_as_many_heads_are_the_same_bits(family, index, tiny, tmp_path):
+    source, _ = tiny(family, index)
     with fc.load(source) as engine:
         heads = engine.config.num_key_value_heads
     convert_heads(source, tmp_path / "same", heads)
@@ -82,13 +82,13 @@ def test_methods_by_hand():
     assert drawn.std().item() == pytest.approx(3, rel=0.1) and drawn.mean().item() == pytest.approx(1, abs=0.3)
 
 
-def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path):
-    source, _ = make("opt", 0, tmp_path / "opt")
+def test_what_cannot_be_is_said_and_leaves_nothing(tiny, tmp_path):
+    source, _ = tiny("opt", 0)
     with pytest.raises(UnsupportedModelError, match="opt"):
         convert_heads(source, tmp_path / "out", 1)
     with pytest.raises(UsageError, match="4 key/value heads cannot be made 3"):
         convert_heads(source, tmp_path / "out", 3)
-    falcon, _ = make("falcon", 3, tmp_path / "falcon")
+    falcon, _ = tiny("falcon", 3)
     with pytest.raises(UnsupportedModelError, match="falcon"):
         convert_heads(falcon, tmp_path / "out", 2)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

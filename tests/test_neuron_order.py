@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sparse_bundle import decoded
-from tiny_models import make
 
 import flashinfer_cli as fc
 from flashinfer_cli.bundles.order import chain, runs
@@ -64,8 +63,8 @@ def test_a_reordered_bundle_is_the_same_model(sparse_bundle, tmp_path):
         reorder(copy, tmp_path / "no")
 
 
-def test_biases_move_with_their_neurons(tmp_path):
-    path = make("opt", 0, tmp_path / "model")[0]
+def test_biases_move_with_their_neurons(tiny, tmp_path):
+    path = tiny("opt", 0)[0]
     out = fc.bundle(path, tmp_path / "b")
     counts = {layer: found.count for layer, found in open_model(out).checkpoint.records.items()}
     random = np.random.default_rng(0)

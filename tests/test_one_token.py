@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import make
+from tiny_models import Tiny
 
 import flashinfer_cli as fc
 from flashinfer_cli.engine import Engine
@@ -120,8 +119,8 @@ def _steps(engine: Engine, plain: bool) -> torch.Tensor:
     [("arcee", 0), ("arcee", 1), *((f, 0) for f in ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"))],
 )
 @pytest.mark.parametrize("stream", ["never", "always"])
-def test_one_token_gives_the_bits_of_its_plain_twin(tmp_path: Path, family: str, index: int, stream: str) -> None:
-    folder, _ = make(family, index, tmp_path / family)
+def test_one_token_gives_the_bits_of_its_plain_twin(tiny: Tiny, family: str, index: int, stream: str) -> None:
+    folder, _ = tiny(family, index)
     found = []
     for plain in (True, False):
         with fc.load(folder, stream=stream, context=CONTEXT, kernels="compiled", threads=2) as engine:
@@ -131,8 +130,8 @@ def test_one_token_gives_the_bits_of_its_plain_twin(tmp_path: Path, family: str,
     assert torch.equal(*found)
 
 
-def test_what_is_pinned_or_kept_elsewhere_later_is_found_there(tmp_path: Path) -> None:
-    folder, _ = make("arcee", 0, tmp_path / "arcee")
+def test_what_is_pinned_or_kept_elsewhere_later_is_found_there(tiny: Tiny) -> None:
+    folder, _ = tiny("arcee", 0)
     with fc.load(folder, stream="always", context=CONTEXT, kernels="compiled", threads=2) as engine:
         want = _steps(engine, False)
         engine.decoder.keep([one for slices in engine.decoder.by_block for one in slices[:2]])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make, tiny_config_dicts
+from tiny_models import Tiny, tiny_config_dicts
 
 import flashinfer_cli as fc
 from flashinfer_cli.engine import Engine
@@ -19,9 +19,8 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    family, index = request.param
-    return make(family, index, tmp_path_factory.mktemp("model") / family)
+def model(request: pytest.FixtureRequest, tiny: Tiny) -> tuple[Path, Any]:
+    return tiny(*request.param)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from tiny_models import make, tiny_config_dicts
+from tiny_models import Tiny, tiny_config_dicts
 
 import flashinfer_cli as fc
 from flashinfer_cli.checkpoint.rows import read_rows
@@ -171,8 +171,8 @@ IDS = [47, 68, 25, 118, 67, 83, 3, 0, 9, 127, 14, 77, 5, 6, 31, 40]
 
 
 @pytest.mark.parametrize(("family", "index"), cases(), ids=lambda value: str(value))
-def test_gguf_equals_the_folder(family: str, index: int, tmp_path: Path) -> None:
-    folder, _ = make(family, index, tmp_path / "model")
+def test_gguf_equals_the_folder(family: str, index: int, tiny: Tiny, tmp_path: Path) -> None:
+    folder, _ = tiny(family, index)
     opened = open_model(folder)
     path = tmp_path / "model.gguf"
     write(opened, ARCH[family], path)
@@ -188,9 +188,11 @@ def test_gguf_equals_the_folder(family: str, index: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
 @pytest.mark.parametrize(("family", "index"), [("llama", 0), ("olmoe", 0)])
-def test_quantised_files_compute_what_they_hold(family: str, index: int, kind: Kind, tmp_path: Path) -> None:
+def test_quantised_files_compute_what_they_hold(
+    family: str, index: int, kind: Kind, tiny: Tiny, tmp_path: Path
+) -> None:
     """Against a plain file of the dequantised weights; and a bundle of it keeps them."""
-    folder, _ = make(family, index, tmp_path / "model")
+    folder, _ = tiny(family, index)
     opened = open_model(folder)
     held = write(opened, ARCH[family], tmp_path / "quantised.gguf", kind)
     writer = gguf.GGUFWriter(tmp_path / "plain.gguf", ARCH[family])

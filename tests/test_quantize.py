@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make
+from tiny_models import Tiny, make
 
 import flashinfer_cli as fc
 from flashinfer_cli.bundles import chosen, open_bundle
@@ -118,8 +118,10 @@ def rounded_folder(folder: Path, out: Path, streamed: str, trunk: str, records: 
 
 @pytest.mark.parametrize(("family", "index"), [("llama", 0), ("llama", 2), ("olmoe", 0)])
 @pytest.mark.parametrize(("level", "trunk"), [("int8", "none"), ("int4", "int8"), ("int4", "int4")])
-def test_a_bundle_computes_what_it_holds(family: str, index: int, level: str, trunk: str, tmp_path: Path) -> None:
-    folder, _ = make(family, index, tmp_path / "m")
+def test_a_bundle_computes_what_it_holds(
+    family: str, index: int, level: str, trunk: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder, _ = tiny(family, index)
     made = fc.bundle(folder, tmp_path / "out", quantize_experts=level, quantize_trunk=trunk)
     bundle = open_bundle(made)
     assert bundle.manifest.exactness == "quantized"
@@ -138,8 +140,8 @@ def test_a_bundle_computes_what_it_holds(family: str, index: int, level: str, tr
     assert (found[0] - expected).abs().max() < 2e-3
 
 
-def test_int4_leaves_the_trunk_at_int8_and_small_tensors_alone(tmp_path: Path) -> None:
-    folder, _ = make("olmoe", 0, tmp_path / "m")
+def test_int4_leaves_the_trunk_at_int8_and_small_tensors_alone(tiny: Tiny, tmp_path: Path) -> None:
+    folder, _ = tiny("olmoe", 0)
     bundle = open_bundle(fc.bundle(folder, tmp_path / "out", quantize="int4"))
     formats = {role: bundle.tensors[ref.tensor].format for role, ref in bundle.weights.layers[0].items()}
     assert {formats[role] for role in ("q", "k", "v", "o")} == {"Q8_0"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import make
+from tiny_models import Tiny, make
 
 import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
@@ -157,8 +157,8 @@ def test_the_commands(
     assert "Policies are" in capsys.readouterr().err
 
 
-def test_only_models_with_experts_are_traced(tmp_path: Path) -> None:
-    dense = make("llama", 0, tmp_path / "dense")[0]
+def test_only_models_with_experts_are_traced(tiny: Tiny, tmp_path: Path) -> None:
+    dense = tiny("llama", 0)[0]
     with (
         fc.load(dense, context=20) as engine,
         pytest.raises(UsageError, match="no experts"),

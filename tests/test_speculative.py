@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make
 
 import flashinfer_cli as fc
 from flashinfer_cli.cli.report_tables import report_tables
@@ -184,9 +183,9 @@ FAMILIES = [("llama", 0), ("gemma2", 0), ("mixtral", 0)]  # bits of the others: 
 
 
 @pytest.mark.parametrize(("family", "index"), FAMILIES, ids=lambda value: str(value))
-def test_greedy_text_is_the_same(family, index, tmp_path):
+def test_greedy_text_is_the_same(family, index, tiny):
     """Prompts that repeat themselves, drafts by lookup and by the model itself, which is always right."""
-    folder, _ = make(family, index, tmp_path / "m")
+    folder, _ = tiny(family, index)
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(0, 100, (5,), generator=generator).tolist() * 2 for _ in range(5)]
     params = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True)

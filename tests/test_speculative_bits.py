@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make
+from tiny_models import Tiny
 
 import flashinfer_cli as fc
 from flashinfer_cli.decoding.generate import Session
@@ -42,8 +42,8 @@ def equal_to_steps(session: Session, other: Session, ids: list[int], prompt: int
 
 
 @pytest.mark.parametrize(("family", "index"), CASES, ids=lambda value: str(value))
-def test_every_family(family: str, index: int, tmp_path: Path) -> None:
-    folder, _ = make(family, index, tmp_path / "m")
+def test_every_family(family: str, index: int, tiny: Tiny) -> None:
+    folder, _ = tiny(family, index)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 100, (24,), generator=generator).tolist()  # past the 16 where some rotations change
     for kernels in ("compiled", "reference"):
@@ -51,9 +51,9 @@ def test_every_family(family: str, index: int, tmp_path: Path) -> None:
             equal_to_steps(engine.session(), engine.session(), ids, 6)
 
 
-def test_bundles(tmp_path: Path) -> None:
+def test_bundles(tiny: Tiny, tmp_path: Path) -> None:
     """Records of neurons, all of them; where predictors name a few it is one token at a time anyway."""
-    folder, _ = make("llama", 2, tmp_path / "m")
+    folder, _ = tiny("llama", 2)
     made = fc.bundle(folder, tmp_path / "b")
     ids = torch.randint(3, 100, (24,), generator=torch.Generator().manual_seed(5)).tolist()
     for kernels in ("compiled", "reference"):

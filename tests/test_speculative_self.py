@@ -92,8 +92,8 @@ def test_it_changes_nothing(kind, tmp_path, monkeypatch):
         assert all(torch.equal(a, b[:, : len(session.ids)]) for a, b in zip(keys, session.kv.keys, strict=True))
 
 
-def test_with_all_in_memory_it_is_always_right(tmp_path):
-    folder, _ = make("mixtral", 0, tmp_path / "m")
+def test_with_all_in_memory_it_is_always_right(tiny):
+    folder, _ = tiny("mixtral", 0)
     with fc.load(folder, context=64, draft="self", speculate="3") as engine:
         list(engine.generate(PROMPTS[0], GREEDY))
         said = engine.report().speculation
@@ -111,8 +111,8 @@ def test_a_seed_does_not_depend_on_what_is_in_memory(tmp_path, monkeypatch):
         assert engine.report().speculation["drafted"] > 0
 
 
-def test_a_head_that_streams_cannot_draft(tmp_path):
-    folder, _ = make("llama", 0, tmp_path / "m")
+def test_a_head_that_streams_cannot_draft(tiny):
+    folder, _ = tiny("llama", 0)
     with pytest.raises(UsageError, match="draft for itself"):
         fc.load(folder, context=64, stream="always", draft="self")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make
+from tiny_models import Tiny
 
 import flashinfer_cli as fc
 from flashinfer_cli.config import RunConfig, SamplingParams
@@ -26,8 +26,8 @@ CASES = [("llama", 6), ("gemma2", 1), ("opt", 1), ("deepseek_v2", 1), ("gpt_oss"
 
 
 @pytest.mark.parametrize(("family", "index"), CASES, ids=lambda value: str(value))
-def test_every_family(family: str, index: int, tmp_path: Path) -> None:
-    folder, _ = make(family, index, tmp_path / "m")
+def test_every_family(family: str, index: int, tiny: Tiny) -> None:
+    folder, _ = tiny(family, index)
     prompt = torch.randint(3, 100, (21,), generator=torch.Generator().manual_seed(3)).tolist()
     with fc.load(folder, context=48, stream="always") as engine:
         session = engine.session()
@@ -73,8 +73,8 @@ class Told:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "mixtral", "deepseek_v2"])
-def test_greedy_text_is_the_same(family: str, tmp_path: Path) -> None:
-    folder, _ = make(family, 0, tmp_path / "m")
+def test_greedy_text_is_the_same(family: str, tiny: Tiny) -> None:
+    folder, _ = tiny(family, 0)
     params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
     with fc.load(folder, context=40, stream="always") as engine:
         want = [event.token_id for event in engine.generate([5, 6, 7], params)]
@@ -89,8 +89,8 @@ def test_greedy_text_is_the_same(family: str, tmp_path: Path) -> None:
         assert [event.token_id for event in engine.generate([5, 6, 7], replace(params, max_tokens=99))][:30] == want
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    folder, _ = make("llama", 0, tmp_path / "m")
+def test_what_cannot_be_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder, _ = tiny("llama", 0)
     with pytest.raises(UsageError, match="second guesses"):
         fc.load(folder, draft="ngram", draft_tree=2)
     shape = Shape(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,

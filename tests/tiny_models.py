@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ transformers.utils.logging.disable_progress_bar()
 
 VOCAB = 128
 Config = dict[str, Any]
+Tiny = Callable[[str, int], tuple[Path, transformers.PreTrainedModel]]  # the fixture `tiny`
 
 
 def _base(**changed: Any) -> Config:
