@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
     from flashinfer_cli.kernels import Kernels
     from flashinfer_cli.kernels.native import NumbaKernels
+
+
+# Torch's threads wait for the next of many small operations in a loop: beside anything else that runs on the machine, a
+# test takes up to nine times as long. Told to sleep instead, they do not; it is read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_finish() -> None:
@@ -33,9 +39,18 @@ def dense(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Small models run on the plain kernels until a machine has the compiled ones: what a test is of would hang on
+    which ran before."""
+    from flashinfer_cli.kernels.warm import ensure_compiled
+
+    ensure_compiled()
+
+
 @pytest.fixture(scope="session")
-def numba() -> Iterator[NumbaKernels]:
-    """The compiled kernels on two threads, compiled before the test that asks for them is timed."""
+def numba(compiled: None) -> Iterator[NumbaKernels]:
+    """The compiled kernels on two threads."""
     from flashinfer_cli.kernels import select
     from flashinfer_cli.kernels.native import NumbaKernels
 
