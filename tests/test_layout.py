@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,14 @@ def unit(path: Path) -> str:
     return inner.parts[0] if len(inner.parts) > 1 else inner.stem
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(absolute module, is it at the top of the file) of every import; `from . import x` counts as x."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     top = set(tree.body)
     for node in ast.walk(tree):
@@ -99,7 +105,7 @@ def test_nothing_below_the_command_line_prints():
     for path in SOURCES:
         if unit(path) == "cli":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             assert not (isinstance(node, ast.Name) and node.id == "print"), path
             is_stream = isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")
             assert not (is_stream and isinstance(node.value, ast.Name) and node.value.id == "sys"), path
