@@ -227,8 +227,11 @@ def make_plan(
         late = min(sizes.neurons - neurons, _lent(sizes, demand, chunk))
     if has_experts and not always and left >= num_experts * sizes.expert:
         slots = num_experts
-    elif has_experts:  # what one token asks of a layer may be on its way, beside one that is computed
-        more = min(sizes.experts_per_tok, max(0, left // 4 // sizes.expert))
+    elif has_experts:
+        # What one token asks of a layer may be on its way, beside one that is computed and some of the next layer: to
+        # read on meanwhile is worth more than the few that could stay of many.
+        k = sizes.experts_per_tok
+        more = min(max(k, 3 * k // 2 - 1), max(0, 3 * left // 4 // sizes.expert))
         transit, left = transit + more, left - more * sizes.expert
         slots = 0 if always else min(num_experts, max(0, left) // sizes.expert)
 

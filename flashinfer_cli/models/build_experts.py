@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,8 @@ from ..cache.experts import ExpertCache
 from ..cache.policy import Policy, expert_policy
 from ..config import ModelConfig, MoeConfig, RunConfig
 from ..errors import UsageError
+from ..layers.expert import ExpertLayout, together
+from ..layers.expert_stage import Stage, stage_for
 from ..layers.ffn import DenseFfn
 from ..layers.linear import Runtime
 from ..layers.moe import Ahead, FirstGuess, MoeFfn, rescale
@@ -46,6 +48,8 @@ class ExpertBuilder:
         self.config, self.layout, self.run, self.get = config, layout, run, get
         self.moe: MoeConfig = config.moe
         self.device = rt.feed.device
+        self.kernels = rt.kernels
+        self.stages: dict[object, Stage | None] = {}
         self.probes = probes
         self.bias = self._bias()
         extents = {i: layer.expert_extents for i, layer in enumerate(layout.layers) if layer.expert_extents}
@@ -104,8 +108,20 @@ class ExpertBuilder:
             bias=self.bias,
             degrade=self.run.degrade if layer.small_layouts else 0.0,
             group_router=self.get(index, "group_router"),
+            stage=self._stage(layer.expert_layouts),
             worth=None if worth is None else (self.device.put(worth[0]), self.device.put(worth[1])),
         )
+
+    def _stage(self, layouts: Sequence[ExpertLayout]) -> Stage | None:
+        """Layers whose experts are of one shape share one."""
+        key = tuple((role, part.rows, part.cols, part.format) for role, part in sorted(layouts[0].items()))
+        if key not in self.stages:
+            moe = self.moe
+            clamped = moe.clamped_swiglu is not None
+            most = moe.num_experts_per_tok
+            self.stages[key] = stage_for(layouts, self.config.hidden_act, most, clamped, self.kernels)
+        stage = self.stages[key]
+        return stage if stage is not None and together(layouts) else None
 
     def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
         """The routers of the layers behind one whose FFN has this norm, or what was learned to guess better, for
@@ -139,4 +155,4 @@ class ExpertBuilder:
             for one in self._ahead(-1, self.get(first, "ffn_norm"))
             if one.layer >= first
         )
-        return FirstGuess(norm, ahead, self.moe, self.cache)
+        return FirstGuess(norm, ahead, self.moe, self.cache, self.bias)
