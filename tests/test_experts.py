@@ -280,8 +280,8 @@ def test_the_trial_keeps_what_is_faster(with_: float, on: bool) -> None:
     assert (found["seconds_without"], found["seconds_with"]) == (1.0, with_)
 
 
-def test_the_trial_ends_early_where_the_difference_is_plain() -> None:
-    for with_, passes in ((0.8, 2 * BLOCK), (0.95, 2 * PASSES), (1.3, 2 * BLOCK)):
+def test_the_trial_ends_early_where_guesses_plainly_help() -> None:
+    for with_, passes in ((0.8, 2 * BLOCK), (0.95, 2 * PASSES), (1.3, 2 * PASSES)):
         guessing, begun = Guessing("auto", 3), 0
         while guessing.trying:
             guessing.begin(with_ if guessing._on else 1.0)

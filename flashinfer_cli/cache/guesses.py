@@ -3,7 +3,8 @@
 A guess costs nothing while the drive would be idle, and a demanded read never waits behind one that has not begun. So
 the number grows as long as guesses of that rank are right often enough and have begun by the time they are needed,
 which is what idle time on the drive looks like. Whether all of it helps is settled by a trial: decode passes with and
-without guesses take turns, and the faster way stays: at once where the difference is plain.
+without guesses take turns, and the faster way stays: at once where guessing is plainly faster. That it is slower is
+believed at the end only: a few passes on a busy drive may show anything, and what is off stays off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ EXPLORE = 16  # every so many times one more than the number is tried
 WARM = 8  # decode passes before the trial
 BLOCK = 4  # passes of one kind in a row
 PASSES = 24  # of each kind
-PLAIN = 1.1  # times as long: no more passes are needed to see it
+PLAIN = 1.1  # times as long without: no more passes are needed to see it
 
 
 class Guessing:
@@ -56,7 +57,7 @@ class Guessing:
         self._on = since < 0 or since // BLOCK % 2 == 0
         if since > 0 and since % (2 * BLOCK) == 0:
             without, with_ = (median(each) if each else 0.0 for each in self._seconds)
-            self._ended = since >= 2 * PASSES or max(without, with_) > PLAIN * min(without, with_)
+            self._ended = since >= 2 * PASSES or without > PLAIN * with_
             if self._ended:
                 self._on = with_ <= without
 

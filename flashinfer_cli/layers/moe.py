@@ -32,17 +32,16 @@ class Ahead:
     router: torch.Tensor  # float32 [E, d]
     router_bias: torch.Tensor | None
     scale: torch.Tensor | None
+    rule: CacheBias | CacheGap | None = None  # by which that layer chooses
 
-    def guess(
-        self, x: torch.Tensor, moe: MoeConfig, most: int, rule: CacheGap | None = None, held: np.ndarray | None = None
-    ) -> list[int]:
-        """x [T, d] -> the experts that the tokens will want, at most `most`, best first. One token's by the `rule` that
-        will choose them, where what is away (`held`, bool [experts]) may find a stand-in: what will is not wanted."""
+    def guess(self, x: torch.Tensor, moe: MoeConfig, most: int, held: np.ndarray | None = None) -> list[int]:
+        """x [T, d] -> the experts that the tokens will want, at most `most`, best first. With `held`, bool [experts],
+        those of one token that will find no stand-in there."""
         logits = F.linear(x if self.scale is None else x * self.scale, self.router, self.router_bias)
         if moe.num_groups > 1:
             logits = logits.masked_fill(other_groups(logits, moe), float("-inf"))
-        if len(x) == 1 and rule is not None and held is not None:
-            best = rule.route(logits, held_of(held, logits), moe)[1][0].tolist()
+        if len(x) == 1 and held is not None and isinstance(self.rule, CacheGap):
+            best = self.rule.route(logits, held_of(held, logits), moe)[1][0].tolist()
         elif len(x) == 1:
             best = logits[0].topk(min(most, logits.shape[-1])).indices.tolist()
         else:
@@ -73,28 +72,24 @@ class FirstGuess:
     ahead: tuple[Ahead, ...]
     moe: MoeConfig
     cache: ExpertCache
-    bias: CacheBias | CacheGap | None = None
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> None:
         """x [T, d], the embedding as the first block sees it."""
         if self.cache.distances:
             with rt.recorder.computing():
-                guess_ahead(self.ahead, self.norm(x), self.moe, self.cache, self.bias)
+                guess_ahead(self.ahead, self.norm(x), self.moe, self.cache)
 
 
-def guess_ahead(
-    ahead: tuple[Ahead, ...], x: torch.Tensor, moe: MoeConfig, cache: ExpertCache, bias: CacheBias | CacheGap | None
-) -> None:
+def guess_ahead(ahead: tuple[Ahead, ...], x: torch.Tensor, moe: MoeConfig, cache: ExpertCache) -> None:
     """Tell the cache what layers ahead are thought to need; x [T, d] is an FFN's input."""
-    decides = cache.recorder.phase == "decode" and cache.trace is None
-    rule = bias if isinstance(bias, CacheGap) and decides else None
+    chosen_by_rule = cache.recorder.phase == "decode" and cache.trace is None
     most = max(cache.guessing.most, moe.num_experts_per_tok)
     if cache.trace is not None:
         most = max(most, min(moe.num_experts, 4 * moe.num_experts_per_tok))
     for other in ahead:
         if other.distance in cache.distances:
-            held = None if rule is None else cache.policy.held(other.layer)
-            cache.guess(other.layer, other.distance, other.guess(x, moe, most, rule, held))
+            held = cache.policy.held(other.layer) if chosen_by_rule else None
+            cache.guess(other.layer, other.distance, other.guess(x, moe, most, held))
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ class MoeFfn:
         arriving = self.cache.fetch(self.layer, asked, small)
         if self.cache.distances:
             with rt.recorder.computing():
-                guess_ahead(self.ahead, x, self.moe, self.cache, self.bias)
+                guess_ahead(self.ahead, x, self.moe, self.cache)
         extra = self._shared(x, rt)  # while experts are on their way
         if len(x) == 1 and self.stage is not None and not small:
             by_rank = self._staged(self.stage, x, arriving, asked[0].tolist(), rt)
