@@ -11,9 +11,9 @@ which experts are here. All keep the best `keep` experts whatever is here:
     rank M      what is here first, among the M best (2412.00099, max rank)
     mass P      what is here first, among the fewest best whose probabilities add up to P (2412.00099, cumulative sum)
     ratio R     an expert that is away is replaced by the best that is here and has at least R of its probability
-    even G      the same, where all that a token's weights lose to stand-ins is at most G
-    gap G       the same with more of G in inner layers than in outer ones, as --cache-gap
-    squares G   as even, of what squares of weights lose: w (w - v) for a weight w that becomes v, of all their squares
+    gap G       the same, where all that a token's weights lose to stand-ins is at most G, as --cache-gap
+    layers G    as gap, with 0.7 of G in the outer quarters of the layers and 1.3 of it in the others
+    squares G   as gap, of what squares of weights lose: w (w - v) for a weight w that becomes v, of all their squares
     drop D      an expert that is away and has less than D of the token's weights is left out
 
 The weights are always those of the true logits over what was chosen. Perplexity is compared on the same tokens; its
@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 
 from flashinfer_cli import zoo
-from flashinfer_cli.layers.routing import share_of_gap
 from flashinfer_cli.models.ahead import read_ahead
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.training.data import read_documents, split
@@ -97,7 +96,7 @@ class Mass:
 
 @dataclass
 class Swap:
-    """`ratio`, `even`, `gap` and `squares`: the worst chosen first, each by the best one here that was not chosen."""
+    """`ratio`, `gap`, `layers` and `squares`: the worst chosen first, each by the best one here that was not chosen."""
 
     ratio: float = 0.0
     gap: float = 9.0
@@ -242,7 +241,9 @@ def run(
                 top, chosen = logits.topk(k, dim=-1)
                 weights = top.softmax(-1)
             else:
-                weights, chosen = rule(logits, cache.held[:, index], k, share_of_gap(index, layers))
+                weights, chosen = rule(
+                    logits, cache.held[:, index], k, 1.3 if 1 / 4 < (index + 0.5) / layers < 3 / 4 else 0.7
+                )
             worth = F.linear(h, *maps[index, index]) if maps else None
             misses += int(cache.demand(index, chosen, worth, alive).sum())
             inner = moe.act(torch.einsum("bd,ehd->beh", h, moe.w1)) * torch.einsum("bd,ehd->beh", h, moe.w3)
@@ -265,8 +266,8 @@ def rules(k: int) -> dict[str, Rule]:
         found |= {f"mass {p}/{keep}": Mass(p, keep) for p in (0.5, 0.6, 0.7, 0.8, 0.9)}
         found |= {f"ratio {r}/{keep}": Swap(ratio=r, keep=keep) for r in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)}
         gaps = (0.02, 0.05, 0.1, 0.14, 0.17, 0.2, 0.23)
-        found |= {f"even {g}/{keep}": Swap(gap=g, keep=keep) for g in gaps}
-        found |= {f"gap {g}/{keep}": Swap(gap=g, keep=keep, by_layer=True) for g in gaps}
+        found |= {f"gap {g}/{keep}": Swap(gap=g, keep=keep) for g in gaps}
+        found |= {f"layers {g}/{keep}": Swap(gap=g, keep=keep, by_layer=True) for g in gaps}
         found |= {f"squares {g}/{keep}": Swap(gap=g, keep=keep, squares=True) for g in (0.07, 0.1, 0.13)}
     return found | {f"drop {d}/1": Drop(d, 1) for d in (0.1, 0.2, 0.3, 0.4)}
 

@@ -232,7 +232,7 @@ def make_plan(
         # What one token asks of a layer may be on its way, beside one that is computed and some of the next layer: to
         # read on meanwhile is worth more than the few that could stay of many.
         k = sizes.experts_per_tok
-        more = min(max(k, 3 * k // 2 - 1), max(0, 3 * left // 4 // sizes.expert))
+        more = min(max(k + 1, 3 * k // 2 - 1), max(0, 3 * left // 4 // sizes.expert))
         transit, left = transit + more, left - more * sizes.expert
         whole, rest = divmod(max(0, left), sizes.expert)
         slots = 0 if always else min(num_experts, whole + (rest + RESERVE_LENT >= sizes.expert))

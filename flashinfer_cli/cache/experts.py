@@ -188,14 +188,16 @@ class ExpertCache:
         self._read_ahead()
 
     def _read_ahead(self) -> None:
-        """Begin what guesses have named and had no room for so far, in their order."""
+        """Begin what guesses have named and had no room for so far, in their order; behind all that is demanded."""
         if self._draining:
             self._drain()
+        if self._arrivals is not None and self._arrivals.missing:
+            return
         while self._wanted:
             layer, expert, rank = self._wanted[0]
             key = (layer, expert)
             if key not in self._slot and key not in self._guesses:
-                if len(self._guesses) + len(self._draining) >= self.guessing.most or len(self._free) < 2:
+                if len(self._guesses) + len(self._draining) >= self.guessing.most or not self._free:
                     return
                 slot, span = self._free.popleft(), self.spans[layer][expert]
                 ticket = self.store.read(span, self.buffer, slot * self.slot_bytes, "guess")

@@ -8,8 +8,6 @@ import torch
 
 from ..config import MoeConfig
 
-OUTER, INNER = 0.7, 1.3  # of a gap, for the outer quarters of the layers and for the others
-
 
 def route(logits: torch.Tensor, moe: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Router logits [T, E] -> (weights [T, k], experts [T, k]): softmax over all, then the k largest, of the best
@@ -76,14 +74,6 @@ class CacheBias:
         chosen = raised.topk(moe.num_experts_per_tok, dim=-1).indices
         weights, order = probs.gather(-1, chosen).sort(stable=True, dim=-1, descending=True)
         return _scaled(weights, moe), chosen.gather(-1, order)
-
-
-def share_of_gap(place: int, of: int) -> float:
-    """Which part of `--cache-gap` layer `place` of so many may use: those of the outer quarters less, the others more,
-    the mean staying as it is."""
-    if of < 4:
-        return 1.0
-    return INNER if 1 / 4 < (place + 0.5) / of < 3 / 4 else OUTER
 
 
 @dataclass(frozen=True)

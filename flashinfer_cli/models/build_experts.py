@@ -17,7 +17,7 @@ from ..layers.ffn import DenseFfn
 from ..layers.linear import Runtime
 from ..layers.moe import Ahead, FirstGuess, MoeFfn, rescale
 from ..layers.norm import Norm
-from ..layers.routing import CacheBias, CacheGap, share_of_gap
+from ..layers.routing import CacheBias, CacheGap
 from ..plan import MemoryPlan
 from .ahead import Maps
 from .layout import LayerLayout, ModelLayout
@@ -53,7 +53,6 @@ class ExpertBuilder:
         self.probes = probes
         self.bias = self._bias()
         extents = {i: layer.expert_extents for i, layer in enumerate(layout.layers) if layer.expert_extents}
-        self.layers = sorted(extents)
         self.cache = ExpertCache(
             rt.feed.store,
             self.device,
@@ -92,12 +91,6 @@ class ExpertBuilder:
         keep = run.keep_top if run.keep_top is not None else 1 if few else 2
         return CacheBias(run.cache_bias, keep) if run.cache_bias else CacheGap(run.cache_gap, keep)
 
-    def _rule(self, index: int) -> CacheBias | CacheGap | None:
-        """A layer's: stand-ins cost most in the first and the last ones."""
-        if not isinstance(self.bias, CacheGap):
-            return self.bias
-        return replace(self.bias, gap=self.bias.gap * share_of_gap(self.layers.index(index), len(self.layers)))
-
     def ffn(self, index: int, layer: LayerLayout, shared: DenseFfn | None) -> MoeFfn:
         router, worth = self.get(index, "router"), self.probes.get((index, index))
         assert router is not None
@@ -112,7 +105,7 @@ class ExpertBuilder:
             shared=shared,
             shared_gate=self.get(index, "shared_gate"),
             ahead=self._ahead(index, self.get(index, "ffn_norm")),
-            bias=self._rule(index),
+            bias=self.bias,
             degrade=self.run.degrade if layer.small_layouts else 0.0,
             group_router=self.get(index, "group_router"),
             stage=self._stage(layer.expert_layouts),
@@ -144,11 +137,11 @@ class ExpertBuilder:
                 continue
             if (index, layer) in self.probes:
                 weight, bias = (self.device.put(each) for each in self.probes[index, layer])
-                found.append(Ahead(distance, layer, weight, bias, None, self._rule(layer)))
+                found.append(Ahead(distance, layer, weight, bias, None, self.bias))
                 continue
             # Layer norms differ by more than a factor, and an offset is not in these weights.
             scale = rescale(norm, other) if norm is not None and plain else None
-            found.append(Ahead(distance, layer, router, self.get(layer, "router.bias"), scale, self._rule(layer)))
+            found.append(Ahead(distance, layer, router, self.get(layer, "router.bias"), scale, self.bias))
         return tuple(found)
 
     def first_guess(self, norm_of: Callable[[int, str], Norm | None]) -> FirstGuess | None:
