@@ -147,6 +147,37 @@ def test_guesses_take_no_slot_that_a_demand_needs(extents) -> None:
             accounted(cache)
 
 
+def test_right_guesses_do_not_make_way_for_what_was_not_guessed(extents) -> None:
+    recorder = Recorder()
+    with FlashStore(recorder) as store:
+        cache = make(store, extents, recorder, capacity=0, transit=4, prefetch=3)
+        for turn in range(8):
+            guessed = [(turn + 2 * i) % 8 for i in range(3)]
+            cache.guess(3, 1, guessed)
+            run(cache, 3, [*guessed, (turn + 1) % 8, (turn + 3) % 8])
+            accounted(cache)
+    count = recorder.expert_counts["load", 3]
+    assert (count.guessed, count.right) == (24, 24) and recorder.wasted_bytes == 0
+
+
+def test_guesses_without_room_are_read_as_soon_as_there_is(extents) -> None:
+    recorder = Recorder()
+    with FlashStore(recorder) as store:
+        cache = make(store, extents, recorder, capacity=0, transit=3, prefetch=2)
+        arriving = cache.fetch(0, np.array([[0, 1, 2]])).slots()
+        cache.guess(3, 1, [5, 6])
+        assert not cache._guesses and len(cache._wanted) == 2
+        for _ in arriving:
+            pass
+        assert {*cache._guesses} == {(3, 5), (3, 6)} and not cache._wanted
+        cache.guess(4, 1, [0, 1])
+        run(cache, 3, [5, 6])
+        run(cache, 4, [2])
+        assert not cache._wanted, "what a layer has not asked for is not read for it later"
+        accounted(cache)
+    assert recorder.expert_counts["load", 3].right == 2
+
+
 def test_where_all_fit_nothing_is_guessed(extents) -> None:
     with FlashStore(Recorder()) as store:
         cache = make(store, extents, capacity=24, transit=4, prefetch=3)

@@ -247,7 +247,8 @@ class Arrivals:
         self.cache, self.layer = cache, layer
         # Those that go are handed out first: their slots take the reads of others.
         self.present = deque(sorted(present, key=lambda expert: cache.policy.holds(layer, expert)))
-        self.missing = deque(missing)
+        # Right guesses come first too: else they might make way for what was not guessed.
+        self.missing = deque(sorted(missing, key=lambda expert: (layer, expert) not in cache._guesses))
         self.pending: deque[tuple[int, int, Ticket]] = deque()
         self._issue()
 

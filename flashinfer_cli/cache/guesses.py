@@ -12,7 +12,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-RIGHT = 0.25  # of the guesses of a rank must be needed
+RIGHT = 0.4  # of the guesses of a rank must be needed
 BEGUN = 0.5  # of them must have begun by then
 PACE = 0.05  # weight of the newest observation in an average
 EXPLORE = 16  # every so many times one more than the number is tried
