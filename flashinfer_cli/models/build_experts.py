@@ -22,7 +22,6 @@ from ..plan import MemoryPlan
 from .ahead import Maps
 from .layout import LayerLayout, ModelLayout
 
-FAR = 6  # guesses that there is room for, from which on some may be of the layer after the next
 LOOKAHEADS = (1, 2, 4)  # layers; what a run does not use is there for traces
 
 
@@ -61,7 +60,8 @@ class ExpertBuilder:
             policy=self._policy({i: len(e) for i, e in extents.items()}, plan.expert_slots),
             transit=plan.transit_experts,
             prefetch=run.prefetch_experts,
-            lookahead=run.lookahead or (2 if plan.transit_experts > FAR else 1),
+            # With room for more than what is demanded, some guesses may be of the layer after the next.
+            lookahead=run.lookahead or (2 if plan.transit_experts > self.moe.num_experts_per_tok + 1 else 1),
         )
         if plan.everything_fits:
             self.cache.fill()
