@@ -41,7 +41,7 @@ class Ahead:
         if moe.num_groups > 1:
             logits = logits.masked_fill(other_groups(logits, moe), float("-inf"))
         if len(x) == 1 and held is not None and isinstance(self.rule, CacheGap):
-            best = self.rule.route(logits, held_of(held, logits), moe)[1][0].tolist()
+            best = self.rule.choose(logits.softmax(-1), here_of(held, logits), moe)[0]
         elif len(x) == 1:
             best = logits[0].topk(min(most, logits.shape[-1])).indices.tolist()
         else:
@@ -52,11 +52,10 @@ class Ahead:
         return [e for e in best if e < moe.num_experts]
 
 
-def held_of(experts: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
-    """bool [E]: what costs no read; choices behind the experts, which compute nothing, do not either."""
-    held = torch.ones(logits.shape[-1], dtype=torch.bool)
-    held[: len(experts)] = torch.from_numpy(experts)
-    return held.to(logits.device)
+def here_of(held: np.ndarray, logits: torch.Tensor) -> list[bool]:
+    """What costs no read, [E]: experts that are here, and choices behind the experts, which compute nothing."""
+    here: list[bool] = held.tolist()
+    return here + [True] * (logits.shape[-1] - len(here))
 
 
 def rescale(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
@@ -258,7 +257,8 @@ class MoeFfn:
     def _route(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
         if self.bias is None or rt.recorder.phase != "decode":
             return self._true_route(x, logits, rt)
-        return self.bias.route(logits, held_of(self.cache.policy.held(self.layer), logits), self.moe)
+        here = here_of(self.cache.policy.held(self.layer), logits)
+        return self.bias.route(logits, torch.tensor(here, device=logits.device), self.moe)
 
     def _shared(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor | None:
         if self.shared is None:
