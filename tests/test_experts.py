@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashinfer_cli.cache.experts import ExpertCache
-from flashinfer_cli.cache.guesses import BLOCK, PASSES, WARM, Guessing
+from flashinfer_cli.cache.guesses import ROUND, ROUNDS, SOON, WARM, WITHOUT, Guessing
 from flashinfer_cli.cache.policy import expert_policy
 from flashinfer_cli.checkpoint.base import Extent
 from flashinfer_cli.config import EXPERT_POLICIES
@@ -298,7 +298,7 @@ def test_stress(extents, seed: int) -> None:
 
 def times(guessing: Guessing, without: float, with_: float) -> None:
     guessing.begin(None)
-    for _ in range(WARM + 2 * PASSES + 5):
+    for _ in range(WARM + ROUNDS * ROUND + 5):
         guessing.begin(with_ if guessing._on else without)
 
 
@@ -312,7 +312,7 @@ def test_the_trial_keeps_what_is_faster(with_: float, on: bool) -> None:
 
 
 def test_the_trial_ends_early_where_guesses_plainly_help() -> None:
-    for with_, passes in ((0.8, 2 * BLOCK), (0.95, 2 * PASSES), (1.3, 2 * PASSES)):
+    for with_, passes in ((0.8, SOON * ROUND), (0.95, ROUNDS * ROUND), (1.3, ROUNDS * ROUND)):
         guessing, begun = Guessing("auto", 3), 0
         while guessing.trying:
             guessing.begin(with_ if guessing._on else 1.0)
@@ -322,10 +322,10 @@ def test_the_trial_ends_early_where_guesses_plainly_help() -> None:
 
 def test_the_trial_takes_turns() -> None:
     guessing, states = Guessing("auto", 3), []
-    for _ in range(WARM + 2 * PASSES):
+    for _ in range(WARM + ROUNDS * ROUND):
         guessing.begin(1.0)
         states.append(guessing._on)
-    assert all(states[:WARM]) and states[WARM:] == ([True] * BLOCK + [False] * BLOCK) * (PASSES // BLOCK)
+    assert all(states[:WARM]) and states[WARM:] == ([True] * (ROUND - WITHOUT) + [False] * WITHOUT) * ROUNDS
 
 
 def test_a_number_that_is_asked_for_stays() -> None:
