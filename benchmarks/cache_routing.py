@@ -12,6 +12,8 @@ which experts are here. All keep the best `keep` experts whatever is here:
     mass P      what is here first, among the fewest best whose probabilities add up to P (2412.00099, cumulative sum)
     ratio R     an expert that is away is replaced by the best that is here and has at least R of its probability
     gap G       the same, where all that a token's weights lose to stand-ins is at most G, as --cache-gap
+    layers G    as gap, with 0.7 of G in the outer quarters of the layers and 1.3 of it in the others
+    squares G   as gap, of what squares of weights lose: w (w - v) for a weight w that becomes v, of all their squares
     drop D      an expert that is away and has less than D of the token's weights is left out
 
 The weights are always those of the true logits over what was chosen. Perplexity is compared on the same tokens; its
@@ -39,7 +41,7 @@ from flashinfer_cli.training.model import Decoder, rotate
 from .machine import emit
 
 WINDOW = 256  # tokens of a story that are fed
-Rule = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+Rule = Callable[[torch.Tensor, torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _by_logits(logits: torch.Tensor, raised: torch.Tensor, k: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +58,9 @@ class Bias:
     keep: int
     spans: dict[int, list[float]] = field(default_factory=dict)
 
-    def __call__(self, logits: torch.Tensor, held: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, held: torch.Tensor, k: int, share: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         span = self.spans.setdefault(0, [0.0, 0.0])
         ranges = logits.amax(-1) - logits.amin(-1)
         span[0] += float(ranges.sum())
@@ -69,7 +73,9 @@ class Rank:
     most: int
     keep: int
 
-    def __call__(self, logits: torch.Tensor, held: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, held: torch.Tensor, k: int, share: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         near = torch.zeros_like(held).scatter_(-1, logits.topk(self.most, dim=-1).indices, True)
         return _by_logits(logits, logits + 1e4 * (held & near), k, self.keep)
 
@@ -79,7 +85,9 @@ class Mass:
     share: float
     keep: int
 
-    def __call__(self, logits: torch.Tensor, held: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, held: torch.Tensor, k: int, share: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         probs, order = logits.softmax(-1).sort(descending=True, dim=-1)
         before = probs.cumsum(-1) - probs  # what the better ones have together
         near = torch.zeros_like(held).scatter_(-1, order, before < self.share)
@@ -88,15 +96,20 @@ class Mass:
 
 @dataclass
 class Swap:
-    """`ratio` and `gap`: the worst chosen first, each by the best one here that was not chosen."""
+    """`ratio`, `gap`, `layers` and `squares`: the worst chosen first, each by the best one here that was not chosen."""
 
     ratio: float = 0.0
     gap: float = 9.0
     keep: int = 0
+    by_layer: bool = False
+    squares: bool = False
 
-    def __call__(self, logits: torch.Tensor, held: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, held: torch.Tensor, k: int, share: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = logits.topk(k, dim=-1).indices
-        left = torch.full((len(logits), 1), self.gap)
+        left = torch.full((len(logits), 1), self.gap * (share if self.by_layer else 1))
+        all_squares = logits.gather(-1, chosen).softmax(-1).square().sum(-1, keepdim=True)
         for place in range(k - 1, self.keep - 1, -1):
             expert = chosen[:, place : place + 1]
             others = logits.masked_fill(~held, float("-inf")).scatter(-1, chosen, float("-inf"))
@@ -105,6 +118,8 @@ class Swap:
             new = logits.gather(-1, chosen.scatter(1, expert.new_full(expert.shape, place), other)).softmax(-1)
             fine = (value - logits.gather(-1, expert)).exp() >= self.ratio
             cost = old - new[:, place : place + 1]
+            if self.squares:
+                cost = cost * old / all_squares
             fine &= cost <= left
             fine &= ~held.gather(-1, expert) & value.isfinite()
             left = left - cost.where(fine, 0.0)
@@ -117,7 +132,9 @@ class Drop:
     share: float
     keep: int
 
-    def __call__(self, logits: torch.Tensor, held: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, held: torch.Tensor, k: int, share: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         values, chosen = logits.topk(k, dim=-1)
         weights = values.softmax(-1)
         out = ~held.gather(-1, chosen) & (weights < self.share)
@@ -224,7 +241,9 @@ def run(
                 top, chosen = logits.topk(k, dim=-1)
                 weights = top.softmax(-1)
             else:
-                weights, chosen = rule(logits, cache.held[:, index], k)
+                weights, chosen = rule(
+                    logits, cache.held[:, index], k, 1.3 if 1 / 4 < (index + 0.5) / layers < 3 / 4 else 0.7
+                )
             worth = F.linear(h, *maps[index, index]) if maps else None
             misses += int(cache.demand(index, chosen, worth, alive).sum())
             inner = moe.act(torch.einsum("bd,ehd->beh", h, moe.w1)) * torch.einsum("bd,ehd->beh", h, moe.w3)
@@ -246,7 +265,10 @@ def rules(k: int) -> dict[str, Rule]:
         found |= {f"rank {m}/{keep}": Rank(m, keep) for m in (3, 4, 6)}
         found |= {f"mass {p}/{keep}": Mass(p, keep) for p in (0.5, 0.6, 0.7, 0.8, 0.9)}
         found |= {f"ratio {r}/{keep}": Swap(ratio=r, keep=keep) for r in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)}
-        found |= {f"gap {g}/{keep}": Swap(gap=g, keep=keep) for g in (0.02, 0.05, 0.1, 0.15, 0.2)}
+        gaps = (0.02, 0.05, 0.1, 0.14, 0.17, 0.2, 0.23)
+        found |= {f"gap {g}/{keep}": Swap(gap=g, keep=keep) for g in gaps}
+        found |= {f"layers {g}/{keep}": Swap(gap=g, keep=keep, by_layer=True) for g in gaps}
+        found |= {f"squares {g}/{keep}": Swap(gap=g, keep=keep, squares=True) for g in (0.07, 0.1, 0.13)}
     return found | {f"drop {d}/1": Drop(d, 1) for d in (0.1, 0.2, 0.3, 0.4)}
 
 

@@ -14,6 +14,7 @@ from .errors import BudgetError
 from .report import PlanPart
 
 RESERVE = 24 * MiB  # what no part accounts for: thread stacks, Python objects, fragments
+RESERVE_LENT = 12 * MiB  # of it, where that gives one more expert a slot
 RING_SLICES = 6  # the ring wanted, in slices of the largest size
 RING_LEAST = 2  # one in use, one on its way
 CHUNK_LEAST = 16
@@ -227,14 +228,19 @@ def make_plan(
         late = min(sizes.neurons - neurons, _lent(sizes, demand, chunk))
     if has_experts and not always and left >= num_experts * sizes.expert:
         slots = num_experts
-    elif has_experts:  # what one token asks of a layer may be on its way, beside one that is computed
-        more = min(sizes.experts_per_tok, max(0, left // 4 // sizes.expert))
+    elif has_experts:
+        # What one token asks of a layer may be on its way, beside one that is computed and some of the next layer: to
+        # read on meanwhile is worth more than the few that could stay of many.
+        k = sizes.experts_per_tok
+        more = min(max(k + 1, 3 * k // 2 - 1), max(0, 3 * left // 4 // sizes.expert))
         transit, left = transit + more, left - more * sizes.expert
-        slots = 0 if always else min(num_experts, max(0, left) // sizes.expert)
+        whole, rest = divmod(max(0, left), sizes.expert)
+        slots = 0 if always else min(num_experts, whole + (rest + RESERVE_LENT >= sizes.expert))
 
     kept = sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p)
     in_full = all(pinned) and not always and slots == num_experts
     left -= slots * sizes.expert
+    lent = max(0, -left)
     table_stays = in_full and 0 < sizes.table <= (left if card is None else room - all_slices)
     expert_bytes = slots * sizes.expert
     streamed = all_slices - kept + (num_experts - slots) * sizes.expert
@@ -247,7 +253,7 @@ def make_plan(
         ),
         PlanPart("keys and values", kv, note=f"{context} tokens"),
         PlanPart("scratch", sizes.scratch(chunk), note=f"{chunk} tokens at once"),
-        PlanPart("reserve", RESERVE),
+        PlanPart("reserve", RESERVE - lent),
     ]
     if neurons:
         parts.insert(

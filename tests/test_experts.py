@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashinfer_cli.cache.experts import ExpertCache
-from flashinfer_cli.cache.guesses import BLOCK, PASSES, WARM, Guessing
+from flashinfer_cli.cache.guesses import ROUND, ROUNDS, SOON, WARM, WITHOUT, Guessing
 from flashinfer_cli.cache.policy import expert_policy
 from flashinfer_cli.checkpoint.base import Extent
 from flashinfer_cli.config import EXPERT_POLICIES
@@ -147,6 +147,37 @@ def test_guesses_take_no_slot_that_a_demand_needs(extents) -> None:
             accounted(cache)
 
 
+def test_right_guesses_do_not_make_way_for_what_was_not_guessed(extents) -> None:
+    recorder = Recorder()
+    with FlashStore(recorder) as store:
+        cache = make(store, extents, recorder, capacity=0, transit=4, prefetch=3)
+        for turn in range(8):
+            guessed = [(turn + 2 * i) % 8 for i in range(3)]
+            cache.guess(3, 1, guessed)
+            run(cache, 3, [*guessed, (turn + 1) % 8, (turn + 3) % 8])
+            accounted(cache)
+    count = recorder.expert_counts["load", 3]
+    assert (count.guessed, count.right) == (24, 24) and recorder.wasted_bytes == 0
+
+
+def test_guesses_without_room_are_read_as_soon_as_there_is(extents) -> None:
+    recorder = Recorder()
+    with FlashStore(recorder) as store:
+        cache = make(store, extents, recorder, capacity=0, transit=3, prefetch=2)
+        arriving = cache.fetch(0, np.array([[0, 1, 2]])).slots()
+        cache.guess(3, 1, [5, 6])
+        assert not cache._guesses and len(cache._wanted) == 2
+        for _ in arriving:
+            pass
+        assert {*cache._guesses} == {(3, 5), (3, 6)} and not cache._wanted
+        cache.guess(4, 1, [0, 1])
+        run(cache, 3, [5, 6])
+        run(cache, 4, [2])
+        assert not cache._wanted, "what a layer has not asked for is not read for it later"
+        accounted(cache)
+    assert recorder.expert_counts["load", 3].right == 2
+
+
 def test_where_all_fit_nothing_is_guessed(extents) -> None:
     with FlashStore(Recorder()) as store:
         cache = make(store, extents, capacity=24, transit=4, prefetch=3)
@@ -267,7 +298,7 @@ def test_stress(extents, seed: int) -> None:
 
 def times(guessing: Guessing, without: float, with_: float) -> None:
     guessing.begin(None)
-    for _ in range(WARM + 2 * PASSES + 5):
+    for _ in range(WARM + ROUNDS * ROUND + 5):
         guessing.begin(with_ if guessing._on else without)
 
 
@@ -280,8 +311,8 @@ def test_the_trial_keeps_what_is_faster(with_: float, on: bool) -> None:
     assert (found["seconds_without"], found["seconds_with"]) == (1.0, with_)
 
 
-def test_the_trial_ends_early_where_the_difference_is_plain() -> None:
-    for with_, passes in ((0.8, 2 * BLOCK), (0.95, 2 * PASSES), (1.3, 2 * BLOCK)):
+def test_the_trial_ends_early_where_guesses_plainly_help() -> None:
+    for with_, passes in ((0.8, SOON * ROUND), (0.95, ROUNDS * ROUND), (1.3, ROUNDS * ROUND)):
         guessing, begun = Guessing("auto", 3), 0
         while guessing.trying:
             guessing.begin(with_ if guessing._on else 1.0)
@@ -291,10 +322,10 @@ def test_the_trial_ends_early_where_the_difference_is_plain() -> None:
 
 def test_the_trial_takes_turns() -> None:
     guessing, states = Guessing("auto", 3), []
-    for _ in range(WARM + 2 * PASSES):
+    for _ in range(WARM + ROUNDS * ROUND):
         guessing.begin(1.0)
         states.append(guessing._on)
-    assert all(states[:WARM]) and states[WARM:] == ([True] * BLOCK + [False] * BLOCK) * (PASSES // BLOCK)
+    assert all(states[:WARM]) and states[WARM:] == ([True] * (ROUND - WITHOUT) + [False] * WITHOUT) * ROUNDS
 
 
 def test_a_number_that_is_asked_for_stays() -> None:

@@ -80,10 +80,12 @@ class ExpertCache:
         self.trace: TraceWriter | None = None
         self.slots = policy.capacity + transit
         self.buffer = allocate(self.slots * self.slot_bytes)
+        self.address: int = self.buffer.ctypes.data
         self._free = deque(range(self.slots))
         self._slot: dict[Key, int] = {}
         self._known: dict[Key, tuple[int, Pieces]] = {}  # of experts that stay: their slots, and tensors on them
         self._guesses: dict[Key, _Guess] = {}
+        self._wanted: deque[tuple[int, int, int]] = deque()  # guesses to read once there is room: layer, expert, rank
         self._draining: list[tuple[int, Ticket]] = []  # slots of guesses taken back, until their reads end
         self._arrivals: Arrivals | None = None
         self._named: dict[int, dict[int, list[int]]] = {}  # layer -> layers ahead -> experts guessed, best first
@@ -125,6 +127,8 @@ class ExpertCache:
                 self._known.pop(key, None)
         for key in [key for key in self._guesses if key[0] == layer and key[1] not in needed]:
             self._drop(key)
+        if self._wanted:
+            self._wanted = deque(one for one in self._wanted if one[0] != layer)
         if small:
             recorder.degraded(layer, len(small))
         copies = [self.policy.records[layer] + expert for expert in small]
@@ -180,16 +184,25 @@ class ExpertCache:
             self.trace.guess(layer, ahead, list(experts))
         if ahead > self.lookahead:
             return
-        self._drain()
-        for rank, expert in enumerate(experts[: self.guessing.number()]):
+        self._wanted += [(layer, expert, rank) for rank, expert in enumerate(experts[: self.guessing.number()])]
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Begin what guesses have named and had no room for so far, in their order; behind all that is demanded."""
+        if self._draining:
+            self._drain()
+        if self._arrivals is not None and self._arrivals.missing:
+            return
+        while self._wanted:
+            layer, expert, rank = self._wanted[0]
             key = (layer, expert)
-            if key in self._slot or key in self._guesses:
-                continue
-            if len(self._guesses) + len(self._draining) >= self.guessing.most or len(self._free) < 2:
-                return
-            slot, span = self._free.popleft(), self.spans[layer][expert]
-            ticket = self.store.read(span, self.buffer, slot * self.slot_bytes, "guess")
-            self._guesses[key] = _Guess(slot, ticket, rank, span.nbytes)
+            if key not in self._slot and key not in self._guesses:
+                if len(self._guesses) + len(self._draining) >= self.guessing.most or not self._free:
+                    return
+                slot, span = self._free.popleft(), self.spans[layer][expert]
+                ticket = self.store.read(span, self.buffer, slot * self.slot_bytes, "guess")
+                self._guesses[key] = _Guess(slot, ticket, rank, span.nbytes)
+            self._wanted.popleft()
 
     def _drop(self, key: Key) -> None:
         guess = self._guesses.pop(key)
@@ -234,7 +247,8 @@ class Arrivals:
         self.cache, self.layer = cache, layer
         # Those that go are handed out first: their slots take the reads of others.
         self.present = deque(sorted(present, key=lambda expert: cache.policy.holds(layer, expert)))
-        self.missing = deque(missing)
+        # Right guesses come first too: else they might make way for what was not guessed.
+        self.missing = deque(sorted(missing, key=lambda expert: (layer, expert) not in cache._guesses))
         self.pending: deque[tuple[int, int, Ticket]] = deque()
         self._issue()
 
@@ -248,30 +262,39 @@ class Arrivals:
             self.pending.append((self.missing.popleft(), *begun))
 
     def batches(self) -> Iterator[list[tuple[int, Pieces]]]:
-        """All that are in memory already, then again and again all that have come meanwhile, as they are to be computed
-        together; none is empty. Valid until the next, and to be run to the end, as single ones are."""
+        """`slots`, and what is in them."""
+        cache, layer = self.cache, self.layer
+        return ([(expert, cache._pieces(layer, expert, slot)) for expert, slot in found] for found in self.slots())
+
+    def slots(self) -> Iterator[list[tuple[int, int]]]:
+        """All that are in memory already and their slots, then again and again all that have come meanwhile, as they
+        are to be computed together; none is empty. Valid until the next, and to be run to the end, as single ones are.
+        """
         cache, layer = self.cache, self.layer
         try:
             if self.present:
-                yield [(e, cache._pieces(layer, e, cache._slot[layer, e])) for e in self.present]
+                yield [(expert, cache._slot[layer, expert]) for expert in self.present]
                 while self.present:
                     self._give_back(self.present.popleft())
                 self._issue()
+                cache._read_ahead()
             while self.pending:
-                if not any(ticket.ready for _, _, ticket in self.pending):
+                come = [one for one in self.pending if one[2].ready]
+                if not come:
                     with cache.recorder.waiting():
                         self.pending[0][2].wait()
-                come = [one for one in self.pending if one[2].ready]
+                    come = [one for one in self.pending if one[2].ready]
                 for _, _, ticket in come:
                     if ticket.error is not None:
                         ticket.wait()
-                yield [(expert, cache._pieces(layer, expert, slot)) for expert, slot, _ in come]
+                yield [(expert, slot) for expert, slot, _ in come]
                 for one in come:
                     self.pending.remove(one)
                     cache._slot[layer, one[0]] = one[1]
                 for one in come:
                     self._give_back(one[0])
                 self._issue()
+                cache._read_ahead()
         finally:
             self.abandon()
 

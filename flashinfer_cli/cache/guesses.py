@@ -2,8 +2,9 @@
 
 A guess costs nothing while the drive would be idle, and a demanded read never waits behind one that has not begun. So
 the number grows as long as guesses of that rank are right often enough and have begun by the time they are needed,
-which is what idle time on the drive looks like. Whether all of it helps is settled by a trial: decode passes with and
-without guesses take turns, and the faster way stays: at once where the difference is plain.
+which is what idle time on the drive looks like. Whether all of it helps is settled by a trial: some decode passes go
+without guesses, and the faster way stays: soon where guessing is plainly faster. That it is slower is believed at the
+end only: a few passes on a busy drive may show anything, and what is off stays off.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-RIGHT = 0.25  # of the guesses of a rank must be needed
+RIGHT = 0.4  # of the guesses of a rank must be needed
 BEGUN = 0.5  # of them must have begun by then
 PACE = 0.05  # weight of the newest observation in an average
 EXPLORE = 16  # every so many times one more than the number is tried
 
-WARM = 8  # decode passes before the trial
-BLOCK = 4  # passes of one kind in a row
-PASSES = 24  # of each kind
-PLAIN = 1.1  # times as long: no more passes are needed to see it
+WARM = 24  # decode passes before the trial: a short text is not worth one
+ROUND, WITHOUT = 8, 2  # passes of a round, and how many of them, its last, go without guesses
+ROUNDS = 6
+SOON, PLAIN = 2, 1.1  # rounds after which no more are needed where passes without take so many times as long
 
 
 class Guessing:
@@ -53,10 +54,11 @@ class Guessing:
         if since > 0 and seconds is not None:
             self._seconds[self._on].append(seconds)
         self._passes += 1
-        self._on = since < 0 or since // BLOCK % 2 == 0
-        if since > 0 and since % (2 * BLOCK) == 0:
+        self._on = since < 0 or since % ROUND < ROUND - WITHOUT
+        if since > 0 and since % ROUND == 0:
             without, with_ = (median(each) if each else 0.0 for each in self._seconds)
-            self._ended = since >= 2 * PASSES or max(without, with_) > PLAIN * min(without, with_)
+            plain = since >= SOON * ROUND and without > PLAIN * with_
+            self._ended = since >= ROUNDS * ROUND or plain
             if self._ended:
                 self._on = with_ <= without
 

@@ -11,7 +11,7 @@ from ..checkpoint.base import FORMATS, PLAIN
 from . import jobs
 from .listed import Listed
 from .pool import Pool, usable_cores
-from .program import SCRATCH, Program, address, attend_words, linear_words, norm_words
+from .program import SCRATCH, Program, address, attend_words, linear_words, listed_words, norm_words
 from .warm import compiled
 
 
@@ -59,22 +59,14 @@ class NumbaKernels:
             self._pool.release(shared)
 
     def linear_listed(self, x: torch.Tensor, weights: Sequence[torch.Tensor], fmt: str, out: torch.Tensor) -> None:
-        cols, (rows, width), count = x.shape[1], weights[0].shape, len(weights)
-        elements, size = FORMATS[fmt]
-        assert width * elements == cols * size and len(x) in (1, count), (x.shape, weights[0].shape, fmt)
+        (rows, width), count = weights[0].shape, len(weights)
         assert all(weight.shape == weights[0].shape and weight.is_contiguous() for weight in weights)
-        assert x.is_contiguous() and out.is_contiguous() and out.shape == (count, rows)
         addresses = np.array([weight.data_ptr() for weight in weights], np.int64)
-        group = max(2, jobs.GROUP_BYTES // (4 * cols) & -2)
         space, shared = self._pool.take()
         try:
-            share = count * rows * width // (jobs.CHUNKS_A_THREAD * space.threads)
-            chunk = max(2, min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -4)
-            scratch = space.reserve(group * cols * space.threads)
-            space.run(
-                jobs.LINEAR_LISTED, jobs.CODES[fmt], 1, count * rows, cols, addresses.ctypes.data, width, x.data_ptr(),
-                out.data_ptr(), 4 * cols if len(x) > 1 else 0, chunk, scratch, 4 * group * cols, 0, 0, 0, group, rows,
-            )  # fmt: skip
+            words, own = listed_words(x, addresses, count, rows, width, fmt, out, space.threads)
+            words[SCRATCH] = space.reserve(own * space.threads)
+            space.run(*words)
         finally:
             self._pool.release(shared)
 

@@ -56,6 +56,26 @@ def linear_words(
     return words, own
 
 
+def listed_words(
+    x: torch.Tensor, addresses: np.ndarray, count: int, rows: int, width: int, fmt: str, out: torch.Tensor, threads: int
+) -> tuple[list[int], int]:
+    """The job of `Kernels.linear_listed`: `count` matrices of `rows` rows of `width` bytes, which stand where the first
+    of `addresses` (int64) say when it runs."""
+    cols = x.shape[1]
+    elements, size = FORMATS[fmt]
+    assert width * elements == cols * size and len(x) in (1, count), (x.shape, rows, width, fmt)
+    assert x.is_contiguous() and out.is_contiguous() and out.shape == (count, rows)
+    assert len(addresses) >= count and addresses.dtype == np.int64 and addresses.flags.c_contiguous
+    group = max(2, jobs.GROUP_BYTES // (4 * cols) & -2)
+    share = count * rows * width // (jobs.CHUNKS_A_THREAD * threads)
+    chunk = max(2, min(max(share, jobs.CHUNK_BYTES), jobs.LARGEST_CHUNK_BYTES) // width & -4)
+    words = [
+        jobs.LINEAR_LISTED, jobs.CODES[fmt], 1, count * rows, cols, addresses.ctypes.data, width, x.data_ptr(),
+        out.data_ptr(), 4 * cols if len(x) > 1 else 0, chunk, 0, 4 * group * cols, 0, 0, 0, group, rows,
+    ]  # fmt: skip
+    return words, group * cols
+
+
 def norm_words(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> tuple[list[int], int]:
     """The job of `Kernels.norm`."""
     d = x.shape[-1]
@@ -120,6 +140,13 @@ class Program:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, fmt: str, out: torch.Tensor, start: int) -> None:
         self._add(*linear_words(x, weight, fmt, out, start, self.threads), x, weight, out)
+
+    def linear_listed(
+        self, x: torch.Tensor, addresses: np.ndarray, rows: int, width: int, fmt: str, out: torch.Tensor
+    ) -> None:
+        """len(out) matrices of `rows` rows of `width` bytes that stand where `addresses` say when it runs."""
+        words, own = listed_words(x, addresses, len(out), rows, width, fmt, out, self.threads)
+        self._add(words, own, x, addresses, out)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
         self._add(*norm_words(x, weight, eps, out), x, weight, out)

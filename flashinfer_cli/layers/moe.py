@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from ..cache.experts import Arrivals, ExpertCache, Pieces
 from ..config import MoeConfig
-from .expert import ExpertLayout, apply_expert, apply_experts, together
+from ..store.spans import Span
+from .expert import ExpertLayout, ExpertPart, apply_expert, apply_experts, together
+from .expert_stage import Stage
 from .ffn import DenseFfn
 from .linear import Runtime
 from .norm import Norm
@@ -30,13 +32,17 @@ class Ahead:
     router: torch.Tensor  # float32 [E, d]
     router_bias: torch.Tensor | None
     scale: torch.Tensor | None
+    rule: CacheBias | CacheGap | None = None  # by which that layer chooses
 
-    def guess(self, x: torch.Tensor, moe: MoeConfig, most: int) -> list[int]:
-        """x [T, d] -> the experts that the tokens will want, at most `most`, best first."""
+    def guess(self, x: torch.Tensor, moe: MoeConfig, most: int, held: np.ndarray | None = None) -> list[int]:
+        """x [T, d] -> the experts that the tokens will want, at most `most`, best first. With `held`, bool [experts],
+        those of one token that will find no stand-in there."""
         logits = F.linear(x if self.scale is None else x * self.scale, self.router, self.router_bias)
         if moe.num_groups > 1:
             logits = logits.masked_fill(other_groups(logits, moe), float("-inf"))
-        if len(x) == 1:
+        if len(x) == 1 and held is not None and isinstance(self.rule, CacheGap):
+            best = self.rule.choose(logits.softmax(-1), here_of(held, logits), moe)[0]
+        elif len(x) == 1:
             best = logits[0].topk(min(most, logits.shape[-1])).indices.tolist()
         else:
             picked = logits.topk(moe.num_experts_per_tok, dim=-1).indices.flatten()
@@ -44,6 +50,12 @@ class Ahead:
             order = wanted.argsort(descending=True, stable=True)[:most]
             best = order[wanted[order] > 0].tolist()
         return [e for e in best if e < moe.num_experts]
+
+
+def here_of(held: np.ndarray, logits: torch.Tensor) -> list[bool]:
+    """What costs no read, [E]: experts that are here, and choices behind the experts, which compute nothing."""
+    here: list[bool] = held.tolist()
+    return here + [True] * (logits.shape[-1] - len(here))
 
 
 def rescale(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
@@ -69,12 +81,14 @@ class FirstGuess:
 
 def guess_ahead(ahead: tuple[Ahead, ...], x: torch.Tensor, moe: MoeConfig, cache: ExpertCache) -> None:
     """Tell the cache what layers ahead are thought to need; x [T, d] is an FFN's input."""
+    chosen_by_rule = cache.recorder.phase == "decode" and cache.trace is None
     most = max(cache.guessing.most, moe.num_experts_per_tok)
     if cache.trace is not None:
         most = max(most, min(moe.num_experts, 4 * moe.num_experts_per_tok))
     for other in ahead:
         if other.distance in cache.distances:
-            cache.guess(other.layer, other.distance, other.guess(x, moe, most))
+            held = cache.policy.held(other.layer) if chosen_by_rule else None
+            cache.guess(other.layer, other.distance, other.guess(x, moe, most, held))
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class MoeFfn:
     degrade: float = 0.0  # of a token's weights: what has less is served from its small copy where it is not here
     group_router: torch.Tensor | None = None  # float32 [G, d], of two levels of gating
     worth: tuple[torch.Tensor, torch.Tensor] | None = None  # [E, d] and [E]: hidden state -> expected uses to come
+    stage: Stage | None = None  # where one token's experts are computed together; None: expert by expert, or as tensors
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
         """x [T, d] -> [T, d]. Outputs are summed in the order of rank, whatever order the experts arrive in."""
@@ -104,11 +119,9 @@ class MoeFfn:
             return self._draft(x, logits, rt)
         with rt.recorder.computing():
             weights, chosen = self._route(x, logits, rt)
-            by_rank = x.new_empty(*chosen.shape, x.shape[-1])
             asked = chosen.cpu().numpy()
             if self.moe.num_noop_experts:  # those behind the experts ask for nothing and add nothing
                 asked = np.where(asked < self.moe.num_experts, asked, -1)
-                by_rank.zero_()
         small: list[int] = []
         if self.degrade and rt.recorder.phase == "decode":
             small = self._light(asked, weights.cpu().numpy())
@@ -122,9 +135,12 @@ class MoeFfn:
             with rt.recorder.computing():
                 guess_ahead(self.ahead, x, self.moe, self.cache)
         extra = self._shared(x, rt)  # while experts are on their way
-        if len(x) == 1:
-            by_rank = self._one(x, arriving, chosen[0].tolist(), by_rank, rt)
+        if len(x) == 1 and self.stage is not None and not small:
+            by_rank = self._staged(self.stage, x, arriving, asked[0].tolist(), rt)
+        elif len(x) == 1:
+            by_rank = self._one(x, arriving, chosen[0].tolist(), rt)
         else:
+            by_rank = self._empty(x, chosen)
             for expert, pieces in arriving:
                 with rt.recorder.computing():
                     token, rank = (chosen == expert).nonzero(as_tuple=True)
@@ -133,11 +149,54 @@ class MoeFfn:
             out = (by_rank * weights[..., None]).sum(1)
         return out if extra is None else out.add_(extra)
 
-    def _one(
-        self, x: torch.Tensor, arriving: Arrivals, chosen: list[int], by_rank: torch.Tensor, rt: Runtime
-    ) -> torch.Tensor:
-        """What the experts of one token make, [1, k, d], in by_rank or in its place: those that are in memory are
-        computed together, where they allow it, then together what has come meanwhile."""
+    def _empty(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Room for what the experts chosen [T, k] make of x, [T, k, d]; zeros where some may compute nothing."""
+        make = x.new_zeros if self.moe.num_noop_experts else x.new_empty
+        return make(*chosen.shape, x.shape[-1])
+
+    def _staged(self, stage: Stage, x: torch.Tensor, arriving: Arrivals, asked: list[int], rt: Runtime) -> torch.Tensor:
+        """What the experts of one token make, [1, k, d], zeros for -1: those that are in memory are computed together,
+        then together what has come meanwhile. It stands where the next layer's will."""
+        ranks = {expert: rank for rank, expert in enumerate(asked)}
+        order: list[int] = []
+        address, width, places = self.cache.address, self.cache.slot_bytes, self._places
+        for found in arriving.slots():
+            with rt.recorder.computing():
+                if not order:
+                    stage.x.copy_(x)
+                found.sort(key=lambda one: ranks[one[0]])
+                gates, ups, downs = [], [], []
+                for expert, slot in found:
+                    start, (gate, up, down) = address + slot * width, places[expert]
+                    gates.append(start + gate)
+                    ups.append(start + up)
+                    downs.append(start + down)
+                stage.compute(len(order), gates, ups, downs)
+                order += [ranks[expert] for expert, _ in found]
+        made, k = stage.out, len(asked)
+        if order == list(range(k)):
+            return made[None, :k]
+        with rt.recorder.computing():
+            by_rank = x.new_empty(1, k, x.shape[-1]) if len(order) == k else x.new_zeros(1, k, x.shape[-1])
+            by_rank[0].index_copy_(0, torch.tensor(order), made[: len(order)])
+        return by_rank
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int, int]]:
+        """Of every expert, where its gate, up and down stand in its slot."""
+
+        def place(span: Span, part: ExpertPart) -> int:
+            return span.starts[part.piece] + part.offset
+
+        spans = self.cache.spans[self.layer]
+        return [
+            (place(span, layout["gate"]), place(span, layout["up"]), place(span, layout["down"]))
+            for span, layout in zip(spans, self.layouts, strict=True)
+        ]
+
+    def _one(self, x: torch.Tensor, arriving: Arrivals, chosen: list[int], rt: Runtime) -> torch.Tensor:
+        """The same where there is no stage for it: together as far as they allow it."""
+        by_rank = self._empty(x, torch.empty(1, len(chosen)))
         ranks = {expert: rank for rank, expert in enumerate(chosen)}
         outputs, places = [], []
         for found in arriving.batches():
@@ -198,9 +257,8 @@ class MoeFfn:
     def _route(self, x: torch.Tensor, logits: torch.Tensor, rt: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
         if self.bias is None or rt.recorder.phase != "decode":
             return self._true_route(x, logits, rt)
-        held = torch.ones(logits.shape[-1], dtype=torch.bool)  # a choice that computes nothing costs no read either
-        held[: self.moe.num_experts] = torch.from_numpy(self.cache.policy.held(self.layer))
-        return self.bias.route(logits, held.to(logits.device), self.moe)
+        here = here_of(self.cache.policy.held(self.layer), logits)
+        return self.bias.route(logits, torch.tensor(here, device=logits.device), self.moe)
 
     def _shared(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor | None:
         if self.shared is None:

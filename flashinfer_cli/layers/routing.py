@@ -94,30 +94,32 @@ class CacheGap:
         probs = logits.softmax(-1)
         if moe.num_groups > 1:
             probs = probs.masked_fill(other_groups(logits, moe), 0.0)
-        top, chosen = probs.topk(moe.num_experts_per_tok, dim=-1)
-        away = ~held[chosen]
-        away[:, : self.keep_top] = False
-        if bool(away.any()):
-            rows = zip(probs.tolist(), top.tolist(), chosen.tolist(), away.tolist(), strict=True)
-            here = held.tolist()
-            chosen = torch.tensor([self._swap(*row, here) for row in rows], device=logits.device)
-        weights, order = probs.gather(-1, chosen).sort(stable=True, dim=-1, descending=True)
-        return _scaled(weights, moe), chosen.gather(-1, order)
+        chosen = torch.tensor(self.choose(probs, held.tolist(), moe), device=logits.device)
+        return _scaled(probs.gather(-1, chosen), moe), chosen
 
-    def _swap(
-        self, probs: list[float], top: list[float], chosen: list[int], away: list[bool], here: list[bool]
-    ) -> list[int]:
-        """The experts of one token: probabilities of all, and of those chosen, best first, of which some are away."""
-        others = sorted((p, e) for e, p in enumerate(probs) if here[e] and e not in chosen and p > 0)  # the best last
-        total, left = sum(top), self.gap
-        for rank in reversed(range(len(chosen))):
-            if not away[rank] or not others:
+    def choose(self, probs: torch.Tensor, here: list[bool], moe: MoeConfig) -> list[list[int]]:
+        """The experts of tokens with these probabilities [T, E], each token's by descending probability."""
+        best = probs.topk(moe.num_experts_per_tok, dim=-1).indices.tolist()
+        return [
+            chosen if all(here[expert] for expert in chosen[self.keep_top :]) else self._swap(row, chosen, here)
+            for row, chosen in zip(probs.tolist(), best, strict=True)
+        ]
+
+    def _swap(self, probs: list[float], chosen: list[int], here: list[bool]) -> list[int]:
+        """The experts of one token: probabilities of all, and those chosen, best first, of which some are away."""
+        best, chosen = {*chosen}, [*chosen]
+        order = sorted(range(len(probs)), key=probs.__getitem__, reverse=True)
+        others = (e for e in order if here[e] and e not in best and probs[e] > 0)
+        total, left, other = sum(probs[e] for e in chosen), self.gap, next(others, None)
+        for rank in reversed(range(self.keep_top, len(chosen))):
+            if here[chosen[rank]]:
                 continue
-            old, (new, expert) = top[rank], others[-1]
+            if other is None:
+                break
+            old, new = probs[chosen[rank]], probs[other]
             cost = old / total - new / (total - old + new)
             if cost <= left:
                 left -= cost
-                others.pop()
-                chosen[rank] = expert
                 total += new - old
-        return chosen
+                chosen[rank], other = other, next(others, None)
+        return sorted(chosen, key=probs.__getitem__, reverse=True)

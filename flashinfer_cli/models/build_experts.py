@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,8 @@ from ..cache.experts import ExpertCache
 from ..cache.policy import Policy, expert_policy
 from ..config import ModelConfig, MoeConfig, RunConfig
 from ..errors import UsageError
+from ..layers.expert import ExpertLayout, together
+from ..layers.expert_stage import Stage, stage_for
 from ..layers.ffn import DenseFfn
 from ..layers.linear import Runtime
 from ..layers.moe import Ahead, FirstGuess, MoeFfn, rescale
@@ -20,7 +22,6 @@ from ..plan import MemoryPlan
 from .ahead import Maps
 from .layout import LayerLayout, ModelLayout
 
-FAR = 6  # guesses that there is room for, from which on some may be of the layer after the next
 LOOKAHEADS = (1, 2, 4)  # layers; what a run does not use is there for traces
 
 
@@ -46,6 +47,8 @@ class ExpertBuilder:
         self.config, self.layout, self.run, self.get = config, layout, run, get
         self.moe: MoeConfig = config.moe
         self.device = rt.feed.device
+        self.kernels = rt.kernels
+        self.stages: dict[object, Stage | None] = {}
         self.probes = probes
         self.bias = self._bias()
         extents = {i: layer.expert_extents for i, layer in enumerate(layout.layers) if layer.expert_extents}
@@ -57,7 +60,8 @@ class ExpertBuilder:
             policy=self._policy({i: len(e) for i, e in extents.items()}, plan.expert_slots),
             transit=plan.transit_experts,
             prefetch=run.prefetch_experts,
-            lookahead=run.lookahead or (2 if plan.transit_experts > FAR else 1),
+            # With room for more than what is demanded, some guesses may be of the layer after the next.
+            lookahead=run.lookahead or (2 if plan.transit_experts > self.moe.num_experts_per_tok + 1 else 1),
         )
         if plan.everything_fits:
             self.cache.fill()
@@ -104,8 +108,20 @@ class ExpertBuilder:
             bias=self.bias,
             degrade=self.run.degrade if layer.small_layouts else 0.0,
             group_router=self.get(index, "group_router"),
+            stage=self._stage(layer.expert_layouts),
             worth=None if worth is None else (self.device.put(worth[0]), self.device.put(worth[1])),
         )
+
+    def _stage(self, layouts: Sequence[ExpertLayout]) -> Stage | None:
+        """Layers whose experts are of one shape share one."""
+        key = tuple((role, part.rows, part.cols, part.format) for role, part in sorted(layouts[0].items()))
+        if key not in self.stages:
+            moe = self.moe
+            clamped = moe.clamped_swiglu is not None
+            most = moe.num_experts_per_tok
+            self.stages[key] = stage_for(layouts, self.config.hidden_act, most, clamped, self.kernels)
+        stage = self.stages[key]
+        return stage if stage is not None and together(layouts) else None
 
     def _ahead(self, index: int, norm: torch.Tensor | None) -> tuple[Ahead, ...]:
         """The routers of the layers behind one whose FFN has this norm, or what was learned to guess better, for
@@ -121,11 +137,11 @@ class ExpertBuilder:
                 continue
             if (index, layer) in self.probes:
                 weight, bias = (self.device.put(each) for each in self.probes[index, layer])
-                found.append(Ahead(distance, layer, weight, bias, None))
+                found.append(Ahead(distance, layer, weight, bias, None, self.bias))
                 continue
             # Layer norms differ by more than a factor, and an offset is not in these weights.
             scale = rescale(norm, other) if norm is not None and plain else None
-            found.append(Ahead(distance, layer, router, self.get(layer, "router.bias"), scale))
+            found.append(Ahead(distance, layer, router, self.get(layer, "router.bias"), scale, self.bias))
         return tuple(found)
 
     def first_guess(self, norm_of: Callable[[int, str], Norm | None]) -> FirstGuess | None:
