@@ -16,9 +16,11 @@ from flashinfer_cli import zoo
 from flashinfer_cli.apps import calibrate as app
 from flashinfer_cli.apps import gated
 from flashinfer_cli.apps import ways as tried
+from flashinfer_cli.apps.predictors import balanced, cheapest, judged
 from flashinfer_cli.bundles.sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
+from flashinfer_cli.models.predictors import rounded
 from flashinfer_cli.training import data
 from flashinfer_cli.training.export import write_folder
 from flashinfer_cli.training.model import Decoder
@@ -190,3 +192,22 @@ def test_the_study_of_a_gated_model(tmp_path, monkeypatch):
     assert gated._best(gated.replace(quick, max_increase=10.0))
     assert all(ways[way].bytes(share) == 0 for share, way in gated._best(slow).items())
     assert not gated._best(gated.replace(quick, max_increase=-0.99))
+
+
+# ------------------------------------------------------------------ bits of predictors
+
+
+def test_strength_dealt_to_both_matrices_survives_four_bits() -> None:
+    """The strongest axis is a hundred times the weakest, as of inputs with a mean; the product is what it was."""
+    torch.manual_seed(3)
+    x, strength = torch.randn(300, 128), torch.logspace(2, 0, 128)
+    a, b = torch.linalg.qr(torch.randn(128, 128))[0], torch.randn(256, 128) * strength
+    assert torch.allclose(balanced(a, b)[1] @ balanced(a, b)[0], b @ a, atol=1e-3)
+    fired = (x @ (b @ a).T) > 100
+    whole = judged(rounded(a, "none"), rounded(b, "none"), torch.zeros(256), x, fired, 0.95)
+    lopsided = judged(rounded(a, "int4"), rounded(b, "int4"), torch.zeros(256), x, fired, 0.95)
+    even = judged(*(rounded(each, "int4") for each in balanced(a, b)), torch.zeros(256), x, fired, 0.95)
+    assert whole.predicted <= even.predicted < lopsided.predicted
+    assert even.nbytes < whole.nbytes / 3
+    dear, cheap = (cheapest(a, b, torch.zeros(256), x, fired, 0.95, size) for size in (64, 1 << 20))
+    assert dear.nbytes < cheap.nbytes and dear.predicted >= cheap.predicted  # memory is worth more small records

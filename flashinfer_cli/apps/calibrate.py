@@ -35,9 +35,10 @@ from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
 from ..models.open import OpenModel, open_model
+from ..models.predictors import named, read
 from .layerwise import layer_by_layer
 from .partial import Partial, forget
-from .predictors import BATCH, fit, judged, new_in_window
+from .predictors import BATCH, cheapest, fit, judged, new_in_window
 from .quality import SEQUENCE, Demands, Progress, quality
 
 TOKENS = 10_000
@@ -150,12 +151,12 @@ def _taken(opened: OpenModel, like: Path) -> tuple[dict[str, torch.Tensor], int]
     records: dict[int, RecordLayout] = getattr(opened.checkpoint, "records", {})
     try:
         predictors = load_file(like / PREDICTORS_FILE)
-    except (SafetensorError, OSError) as error:
+        shapes = {}
+        for layer in found.layers:
+            a, b, _ = read(predictors, layer.layer)
+            shapes[layer.layer] = a.cols, len(b.rows)
+    except (SafetensorError, OSError, OverflowError, KeyError) as error:
         raise BundleError(f"{like / PREDICTORS_FILE} cannot be read: {error}.", "Calibrate it again.") from None
-    shapes = {
-        layer.layer: (predictors[f"layers.{layer.layer}.a"].shape[1], len(predictors[f"layers.{layer.layer}.b"]))
-        for layer in found.layers
-    }
     if shapes != {layer: (opened.config.hidden_size, each.count) for layer, each in records.items()}:
         raise UsageError(f"{like} is not of the same model: its layers have other sizes.")
     return predictors, found.tokens
@@ -192,8 +193,7 @@ def _layers(
                 continue
             with torch.inference_mode(False):
                 width = block.ffn.parts[0].slice.nbytes // block.ffn.parts[0].rows
-                known = tuple(taken[f"layers.{index}.{name}"] for name in ("a", "b", "bias")) if taken else None
-                done.keep(*_fit(index, inputs, *gate, engine.config.hidden_act, recall, width, known))
+                done.keep(*_fit(index, inputs, *gate, engine.config.hidden_act, recall, width, taken))
             del gate  # before the next layer comes
             if index == left[-1]:
                 break  # behind it there is nothing to learn
@@ -242,21 +242,23 @@ def _fit(
     act: str,
     recall: float,
     record_bytes: int,
-    known: tuple[torch.Tensor, ...] | None = None,
+    taken: Mapping[str, torch.Tensor],
 ) -> tuple[LayerSparsity, dict[str, torch.Tensor]]:
-    """A layer's predictor, and what it does: learned, or with a threshold anew if it is `known`; x [N, d] its input."""
+    """A layer's predictor, and what it does: learned, or with a threshold anew if it is `taken`; x [N, d] its input."""
     bias = None if bias is None else bias.clone()  # out of inference mode
     fired = torch.empty(len(x), len(gate), dtype=torch.bool)
     for rows, into in zip(x.split(BATCH), fired.split(BATCH), strict=True):
         into.copy_(ACTIVATIONS[act](rows @ gate.T if bias is None else rows @ gate.T + bias) != 0)
-    if known is not None:
-        a, b, offset = known
-        fitted = judged(a.float(), b.float(), offset, x, fired, recall)
+    if f"layers.{layer}.a" in taken:  # of before 4 bits
+        a, b, offset = (taken[f"layers.{layer}.{part}"].float() for part in ("a", "b", "bias"))
+        fitted = cheapest(a, b, offset, x, fired, recall, record_bytes)
+    elif taken:
+        fitted = judged(*read(taken, layer), x, fired, recall)
     else:
         fitted = fit(x, fired, gate, bias, recall, max(2, int(HELD_SHARE * len(x))), record_bytes)
     found = LayerSparsity(
         layer,
-        len(fitted.a),
+        fitted.rank,
         fitted.nbytes,
         fitted.density,
         fitted.predicted,
@@ -264,5 +266,4 @@ def _fit(
         fitted.precision,
         new_in_window(fitted.fired, WINDOWS),
     )
-    names = {"a": fitted.a.half(), "b": fitted.b.half(), "bias": fitted.bias}
-    return found, {f"layers.{layer}.{name}": value.contiguous() for name, value in names.items()}
+    return found, named(layer, fitted.a, fitted.b, fitted.bias)

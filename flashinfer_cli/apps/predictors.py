@@ -12,10 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..bundles.quantize import Quantize
+from ..layers.demand import Stored
+from ..models.predictors import rounded
+
 EPOCHS = 6
 BATCH = 512
 LEARNING_RATE = 1e-3
 RANKS = (16, 32, 64, 128, 256)
+BITS: tuple[Quantize, ...] = ("int8", "int4")
 SLOT_WORTH = 0.3  # of a read a token: how much a slot more saves, about, where few of the neurons have one
 GOOD_ENOUGH = 1.6  # times what fires: a predictor that names less is not trained further
 RECALL_SLACK = 0.005  # of two predictors, how much less the better one may find
@@ -25,11 +30,11 @@ OVERSAMPLE = 32  # axes more than are asked for, so that the last of these are r
 
 @dataclass
 class Fitted:
-    """A predictor in float32, its threshold in the bias, and what it does on tokens held out of its training."""
+    """A rounded predictor, its threshold in the bias, and what it does on tokens held out of its training."""
 
-    a: torch.Tensor  # [r, d]
-    b: torch.Tensor  # [d_ff, r]
-    bias: torch.Tensor  # [d_ff]
+    a: Stored  # [r, d]
+    b: Stored  # [d_ff, r]
+    bias: torch.Tensor  # float32 [d_ff]
     density: float
     predicted: float
     recall: float
@@ -37,14 +42,18 @@ class Fitted:
     fired: torch.Tensor  # bool [held-out tokens, d_ff]: what is predicted there
 
     @property
-    def kept_bytes(self) -> int:
-        """In memory, in 8 bits and a scale for every 32."""
-        return 34 * (self.a.numel() + self.b.numel()) // 32 + 4 * self.bias.numel()
+    def rank(self) -> int:
+        return len(self.a.rows)
 
     @property
     def nbytes(self) -> int:
-        """As stored: matrices in float16, the bias in float32."""
-        return 2 * (self.a.numel() + self.b.numel()) + 4 * self.bias.numel()
+        """On flash and in memory."""
+        return self.a.rows.numel() + self.b.rows.numel() + 4 * self.bias.numel()
+
+    def cost(self, record_bytes: int) -> float:
+        """What is predicted a token, and the records of `record_bytes` whose slots the predictor takes, each worth
+        SLOT_WORTH of a read."""
+        return self.predicted * len(self.bias) + SLOT_WORTH * self.nbytes / record_bytes
 
 
 class Whitened:
@@ -76,16 +85,13 @@ class Whitened:
         return torch.linalg.solve_triangular(self.root.T, axes, upper=True).T, self.gate @ (self.root @ axes)
 
 
-def judged(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, fired: torch.Tensor, recall: float
-) -> Fitted:
+def judged(a: Stored, b: Stored, bias: torch.Tensor, x: torch.Tensor, fired: torch.Tensor, recall: float) -> Fitted:
     """A predictor with its threshold: x float32 [n, d], fired bool [n, d_ff] of tokens it was not made from.
 
     The threshold is the highest at which every other token reaches `recall`, all of their neurons together; the figures
     are of the tokens between those.
     """
-    a, b = a.half().float(), b.half().float()
-    logits = F.linear(F.linear(x, a), b, bias)
+    logits = F.linear(F.linear(x, a.values()), b.values(), bias)
     choose, test = slice(0, None, 2), slice(1, None, 2)
     hits = logits[choose][fired[choose]]
     threshold = float(np.quantile(hits.numpy(), 1 - recall)) if len(hits) else 0.0
@@ -101,6 +107,23 @@ def judged(
         precision=float(both / guessed[test].sum().clamp(min=1)),
         fired=guessed,
     )
+
+
+def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with the strength of each of its axes dealt to both matrices, which loses least when they are
+    rounded: all of it in B leaves the weak axes of a block no levels, all of it in A the strong ones."""
+    share = b.norm(dim=0).clamp(min=1e-12).sqrt()
+    return a * share[:, None], b / share
+
+
+def cheapest(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, fired: torch.Tensor, recall: float,
+    record_bytes: int,
+) -> Fitted:  # fmt: skip
+    """A and B, float, in as many bits as cost least; else as `judged`."""
+    a, b = balanced(a, b)
+    found = (judged(rounded(a, bits), rounded(b, bits), bias, x, fired, recall) for bits in BITS)
+    return min(found, key=lambda fitted: fitted.cost(record_bytes))
 
 
 def train(
@@ -136,26 +159,24 @@ def fit(
 ) -> Fitted:  # fmt: skip
     """x float32 [N, d], fired bool [N, d_ff], gate [d_ff, d]; the last `held` tokens choose and judge, others teach.
 
-    Of the RANKS the one for which reads and memory together cost least: what is predicted a token, and the records of
-    `record_bytes` whose slots the predictor takes, each worth SLOT_WORTH of a read. Where that still names more than
-    GOOD_ENOUGH times what fires, it is trained as well, and the better of the two is taken.
+    Of the RANKS, in 8 and 4 bits, the one for which reads and memory together cost least (`Fitted.cost`). Where that
+    still names more than GOOD_ENOUGH times what fires, it is trained as well, and the better of the two is taken.
     """
     learn, rest = slice(0, len(x) - held), slice(len(x) - held, len(x))
     usable = [rank for rank in RANKS if rank * 2 <= min(gate.shape)] or [RANKS[0]]
     start = Whitened(x[learn], gate, usable[-1])
     bias = torch.zeros(len(gate)) if gate_bias is None else gate_bias
-    best, least = None, np.inf
+    best: Fitted | None = None
     for rank in usable:
-        found = judged(*start.of_rank(rank), bias, x[rest], fired[rest], recall)
-        cost = found.predicted * len(gate) + SLOT_WORTH * found.kept_bytes / record_bytes
-        if cost >= least:
+        found = cheapest(*start.of_rank(rank), bias, x[rest], fired[rest], recall, record_bytes)
+        if best is not None and found.cost(record_bytes) >= best.cost(record_bytes):
             break
-        best, least = found, cost
+        best = found
     assert best is not None
     if best.predicted > GOOD_ENOUGH * best.density:
-        a, b = start.of_rank(len(best.a))
-        bent = judged(*train(a, b, bias, x[learn], fired[learn], seed), x[rest], fired[rest], recall)
-        if bent.predicted < best.predicted and bent.recall >= best.recall - RECALL_SLACK:
+        trained = train(*start.of_rank(best.rank), bias, x[learn], fired[learn], seed)
+        bent = cheapest(*trained, x[rest], fired[rest], recall, record_bytes)
+        if bent.cost(record_bytes) < best.cost(record_bytes) and bent.recall >= best.recall - RECALL_SLACK:
             return bent
     return best
 

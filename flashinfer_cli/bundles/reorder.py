@@ -21,7 +21,15 @@ from ..errors import BundleError, StorageError
 from .format import MANIFEST_FILE, FileEntry
 from .publish import HashedFile, partial_folder, publish_folder, recover, write_atomic, writer_lock
 from .reader import BundleCheckpoint, open_bundle
-from .sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE, manifest_digest, read_sparsity, sparsity_json
+from .sparsity import (
+    ORDER_FILE,
+    PREDICTORS_FILE,
+    SPARSITY_FILE,
+    manifest_digest,
+    predictor_tensor,
+    read_sparsity,
+    sparsity_json,
+)
 
 ORDER = "coactivation"
 _BLOCK = 8 * MiB
@@ -144,7 +152,6 @@ def _copy(path: Path, patches: _Patches, output: HashedFile) -> None:
 def _predictors(bundle: Path, orders: Mapping[int, np.ndarray], folder: Path) -> None:
     tensors = load_file(bundle / PREDICTORS_FILE)
     for layer, order in orders.items():
-        for part in ("b", "bias"):
-            name = f"layers.{layer}.{part}"
+        for name in (predictor_tensor(tensors, layer, "b"), f"layers.{layer}.bias"):
             tensors[name] = tensors[name][order]
     save_file(tensors, folder / PREDICTORS_FILE)

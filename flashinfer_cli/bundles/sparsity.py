@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ class Sparsity:
 
 def manifest_digest(bundle: Path) -> str:
     return hashlib.sha256((bundle / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
+def predictor_tensor(names: Iterable[str], layer: int, part: str) -> str:
+    """The name of part "a" or "b" of a layer among the tensors of PREDICTORS_FILE. Raises KeyError for none."""
+    for name in names:
+        if f"{name}.".startswith(f"layers.{layer}.{part}."):
+            return name
+    raise KeyError(f"layers.{layer}.{part}")
 
 
 def read_sparsity(bundle: Path) -> Sparsity | None:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..checkpoint.base import FORMATS
 from ..kernels import Kernels
 from ..kernels.activations import ACTIVATIONS
+from ..kernels.reference import ReferenceKernels
 
 
 class Demand(Protocol):
@@ -26,6 +28,15 @@ class Stored(NamedTuple):
 
     rows: torch.Tensor
     format: str
+
+    @property
+    def cols(self) -> int:
+        elements, size = FORMATS[self.format]
+        return self.rows.shape[1] // size * elements
+
+    def values(self) -> torch.Tensor:
+        """float32 [rows, cols], as products see it."""
+        return ReferenceKernels().dequantize(self.rows, self.format, self.cols)
 
 
 @dataclass(frozen=True)
