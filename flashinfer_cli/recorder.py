@@ -89,7 +89,7 @@ class Recorder:
         self.phase: PhaseName = "load"
         self.phases: dict[str, PhaseCount] = {name: PhaseCount() for name in PHASES}
         self.reads: dict[tuple[str, str], IoCount] = defaultdict(IoCount)
-        self.sizes: dict[int, int] = defaultdict(int)  # request bytes, rounded up to a power of two -> count
+        self._sizes: Counter[int] = Counter()  # bytes of a request -> count
         self.layers: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])  # -> [wait, compute]
         self.neuron_counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])  # -> [computed, of]
         self.neuron_guesses = [0, 0]  # read ahead of need, of these needed
@@ -106,8 +106,16 @@ class Recorder:
             count.requests += len(sizes)
             count.bytes += sum(sizes)
             count.useful += useful
-            for size, many in Counter(sizes).items():
-                self.sizes[1 << max(size - 1, 1).bit_length()] += many
+            self._sizes.update(sizes)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Requests by their bytes, rounded up to a power of two."""
+        found: dict[int, int] = defaultdict(int)
+        with self._lock:
+            for size, many in self._sizes.items():
+                found[1 << max(size - 1, 1).bit_length()] += many
+        return found
 
     def busy(self, seconds: float) -> None:
         """Add time during which at least one read was under way."""

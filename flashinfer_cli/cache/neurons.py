@@ -15,13 +15,18 @@ import torch
 
 from ..config import NEURON_STAGES
 from ..device import Device, allocate, give_back, release_free_memory
+from ..kernels import Kernels
+from ..kernels.jobs import STATE_ABSENT, STATE_GUESSED, STATE_NEW
 from ..kernels.listed import Listed
+from ..kernels.native import NumbaKernels
 from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
 from .pinned import Block, Tracing
+from .settling import ARRIVING, CompiledSettler, PlainSettler, Settled, Settler
 from .slots import NeuronFile, Slots
 from .window import NeuronPolicy
 
+NOTHING = np.empty(0, np.int64)
 LEAST_MISSED = 48  # of a layer's neurons: to wait for fewer takes less time than to guess them
 
 
@@ -53,6 +58,7 @@ class NeuronCache:
         block: int,
         guesses: int = 0,
         late: Mapping[int, int] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.store, self.device, self.recorder, self.block = store, device, recorder, block
         late = late or dict.fromkeys(files, 0)
@@ -65,8 +71,12 @@ class NeuronCache:
         self._whole = True  # are the late slots ours
         self.trace: Tracing | None = None
         width = max(file.width for file in files.values())
-        # where what is read and not to stay is computed on: a place for each block on its way
-        self._passing = [allocate(block * width) for _ in range(NEURON_STAGES)]
+        count = max(file.count for file in files.values())
+        self.settler: Settler = (
+            CompiledSettler(kernels, block, width, count)
+            if isinstance(kernels, NumbaKernels)
+            else PlainSettler(block, width)
+        )
         self.guesses = guesses
         self._staging = allocate(guesses * width) if guesses else np.empty(0, np.uint8)
         self._read: Ticket | None = None  # the last into it
@@ -77,7 +87,7 @@ class NeuronCache:
     @property
     def nbytes(self) -> int:
         """All buffers: slots, and what is on its way."""
-        return sum(buffer.nbytes for buffer in (*self._passing, self._staging, self._early, self._late))
+        return sum(buffer.nbytes for buffer in (*self.settler.passing, self._staging, self._early, self._late))
 
     @property
     def room(self) -> dict[int, int]:
@@ -120,12 +130,15 @@ class NeuronCache:
         layer = self.layers[index]
         if self.trace is not None:
             self.trace.demand("decode", index, ids[None])
-        missing, gone = layer.policy.demand(ids)
-        layer.release(gone)
-        self._missed[index] = len(missing)
-        self.recorder.cache(len(ids) - len(missing), len(missing))
-        self._fetch = Fetch(self, layer, ids, self._settle(index, ids))
-        return self._fetch.begin()
+        guess = self._take_guess(index)
+        guessed, rows = (NOTHING, 0) if guess is None else (guess.ids, guess.rows.ctypes.data)
+        settled = self.settler.settle(layer, ids, guessed, rows)
+        if guess is not None:
+            self.recorder.neuron_guess(len(guess.ids), settled.right, layer.file.width)
+        self._missed[index] = settled.missed
+        self.recorder.cache(len(ids) - settled.missed, settled.missed)
+        self._fetch = Fetch(self, layer, settled, guess)
+        return self._fetch
 
     def _abandon(self) -> None:
         if self._fetch is not None:
@@ -140,41 +153,39 @@ class NeuronCache:
     def guess(self, index: int, scores: np.ndarray) -> None:
         """Layer `index` will be asked for about the neurons of scores [count] above zero next: read those that are not
         here, and of more than there is room for the ones with the highest scores, which are the surest."""
-        if not self.guesses:
-            return
-        self._settle(-1, np.empty(0, np.int64))
+        if self.guesses:
+            self.guess_ids(index, self.settler.surest(self.layers[index], scores, self.guesses))
+
+    def guess_ids(self, index: int, ids: np.ndarray) -> None:
+        """Read neurons that are not here, ascending, at most `guesses`, ahead of a demand of layer `index`."""
+        self._take_guess(-1)
         layer, width = self.layers[index], self.layers[index].file.width
-        absent = np.flatnonzero((scores > 0) & (layer.slot < 0))
-        if len(absent) > self.guesses:
-            absent = absent[np.argpartition(scores[absent], len(absent) - self.guesses)[-self.guesses :]]
-            absent.sort()
-        if len(absent):
+        if len(ids):
             if self._read is not None:  # one that came out wrong may still be under way to there
                 self._read.wait()
             rows = self._staging[: self.guesses * width].reshape(self.guesses, width)
-            addresses = rows.ctypes.data + width * np.arange(len(absent))
-            self._read = self.read(layer.file, absent, addresses, (rows,))
-            self._guess = _Guess(index, absent, rows, self._read)
+            addresses = rows.ctypes.data + width * np.arange(len(ids))
+            self._read = self.read(layer.file, ids, addresses, (rows,))
+            self._guess = _Guess(index, ids, rows, self._read)
 
     def settle(self) -> None:
         """Wait for what is read ahead, so that all of it is counted."""
-        self._settle(-1, np.empty(0, np.int64))
+        self._take_guess(-1)
         if self._read is not None:
             self._read.wait()
 
-    def _settle(self, index: int, ids: np.ndarray) -> _Guess | None:
-        """Take the guess if it is of this layer, and count what of it was right and what was read for nothing."""
+    def _take_guess(self, index: int) -> _Guess | None:
+        """The guess if it is of this layer; any other was for nothing."""
         guess, self._guess = self._guess, None
         if guess is None:
             return None
-        if guess.index != index:
-            guess.ticket.wait()
-            ids = ids[:0]
-        elif not guess.ticket.ready:
-            self.store.promote(guess.ticket)
-        right = int(np.isin(guess.ids, ids, assume_unique=True).sum())
-        self.recorder.neuron_guess(len(guess.ids), right, self.layers[guess.index].file.width)
-        return guess if guess.index == index else None
+        if guess.index == index:
+            if not guess.ticket.ready:
+                self.store.promote(guess.ticket)
+            return guess
+        guess.ticket.wait()
+        self.recorder.neuron_guess(len(guess.ids), 0, self.layers[guess.index].file.width)
+        return None
 
     # ---- a prompt
     def warm(self, index: int, tokens: Sequence[np.ndarray]) -> None:
@@ -227,48 +238,32 @@ class Fetch:
     passing. The first NEURON_STAGES blocks are read together; of more, one for each that has been computed.
     """
 
-    def __init__(self, cache: NeuronCache, layer: Slots, ids: np.ndarray, guess: _Guess | None) -> None:
-        self.cache, self.layer, self.guess, self.ids = cache, layer, guess, ids
-        self.passing = [buffer[: cache.block * layer.file.width] for buffer in cache._passing]
-        self.blocks = -(-len(ids) // cache.block)
-        self.guessed = np.zeros(len(ids), bool)  # brought by the guess
-        self.addresses = np.zeros(len(ids), np.int64)
-        slots = layer.slot[ids]
-        absent = slots < 0
-        if self.guess is not None and absent.any():
-            self.guessed = absent & np.isin(ids, self.guess.ids, assume_unique=True)
-        taken = layer.take(ids[absent & layer.policy.held[ids]])
-        self.new = np.zeros(layer.file.count, bool)  # in a slot of its own that it is yet to reach
-        self.new[taken] = True
-        self.absent = absent
+    def __init__(self, cache: NeuronCache, layer: Slots, settled: Settled, guess: _Guess | None) -> None:
+        self.cache, self.layer, self.settled, self.guess = cache, layer, settled, guess
+        self.blocks = -(-len(settled.ids) // cache.block)
         self._computed = 0  # blocks
-        self._tickets: list[Ticket | None] = []
+        first = min(NEURON_STAGES, self.blocks)
+        reading = len(settled.read_ids) > 0
+        ticket = cache.read(layer.file, settled.read_ids, settled.read_at, self._memory(0, first)) if reading else None
+        self._tickets: list[Ticket | None] = [ticket] * first
 
-    def _start(self, first: int, last: int) -> Ticket | None:
-        """Begin to read what of blocks [first, last) is missing and not on its way, if anything is."""
-        layer, width, size = self.layer, self.layer.file.width, self.cache.block
-        part = slice(first * size, last * size)
-        ids, absent, guessed = self.ids[part], self.absent[part], self.guessed[part]
-        slots = layer.slot[ids]
-        addresses = layer.address(slots)
-        for index in range(first, last):
-            here = slice((index - first) * size, (index - first + 1) * size)
-            passing = slots[here] < 0
-            start = self.passing[index % NEURON_STAGES].ctypes.data
-            addresses[here][passing] = start + width * np.arange(int(passing.sum()))
-        if self.guess is not None and guessed.any():
-            where = np.searchsorted(self.guess.ids, ids[guessed])
-            addresses[guessed] = self.guess.rows.ctypes.data + width * where
-        self.addresses[part] = addresses
-        missing = absent & ~guessed
+    def _part(self, index: int) -> slice:
+        return slice(index * self.cache.block, (index + 1) * self.cache.block)
+
+    def _start(self, index: int) -> Ticket | None:
+        """Begin to read what of a later block is missing and not on its way, if anything is."""
+        part = self._part(index)
+        missing = (self.settled.states[part] & (STATE_ABSENT | STATE_GUESSED)) == STATE_ABSENT
         if not missing.any():
             return None
-        return self.cache.read(layer.file, ids[missing], addresses[missing], self._memory(first, last))
+        ids, addresses = self.settled.ids[part][missing], self.settled.addresses[part][missing]
+        return self.cache.read(self.layer.file, ids, addresses, self._memory(index, index + 1))
 
     def _memory(self, first: int, last: int) -> tuple[np.ndarray, ...]:
         """What addresses of blocks [first, last) may stand in, as rows."""
-        width = self.layer.file.width
-        rows = (self.passing[index % NEURON_STAGES].reshape(-1, width) for index in range(first, last))
+        width, block = self.layer.file.width, self.cache.block
+        passing = self.cache.settler.passing
+        rows = (passing[index % NEURON_STAGES][: block * width].reshape(-1, width) for index in range(first, last))
         return (*self.layer.memory, *rows, *(() if self.guess is None else (self.guess.rows,)))
 
     def _wait(self, ticket: Ticket) -> None:
@@ -278,33 +273,30 @@ class Fetch:
         with self.cache.recorder.waiting():
             ticket.wait()
 
-    def begin(self) -> Fetch:
-        first = min(NEURON_STAGES, self.blocks)
-        self._tickets = [self._start(0, first)] * first
-        return self
-
     def abandon(self) -> None:
         """If blocks are left: wait for reads that are under way, and let no slot be thought to hold what never came."""
+        if self._computed == self.blocks:
+            return
         for ticket in self._tickets[self._computed :]:
             if ticket is not None:
                 ticket.end()
-        left = self.ids[self._computed * self.cache.block :]
-        self.layer.release(left[self.new[left]])
+        left = slice(self._computed * self.cache.block, None)
+        self.layer.release(self.settled.ids[left][(self.settled.states[left] & STATE_NEW) > 0])
 
     def __iter__(self) -> Iterator[Block]:
-        layer, cache, size = self.layer, self.cache, self.cache.block
+        layer, cache, settled = self.layer, self.cache, self.settled
         for index in range(self.blocks):
-            part = slice(index * size, (index + 1) * size)
-            ids, guessed, ticket = self.ids[part], self.guessed[part], self._tickets[index]
-            if self.guess is not None and guessed.any():
+            part, ticket = self._part(index), self._tickets[index]
+            if self.guess is not None and settled.right:
                 self._wait(self.guess.ticket)
             if ticket is not None:
                 self._wait(ticket)
-            where = Listed(self.addresses[part], layer.file.width, self._memory(index, index + 1))
-            yield ids, cache.hand_out(where)
-            kept = guessed & self.new[ids]
-            if self.guess is not None and kept.any():
-                layer.put(ids[kept], self.guess.rows[np.searchsorted(self.guess.ids, ids[kept])])
+            addresses, memory = settled.addresses[part], self._memory(index, index + 1)
+            yield settled.ids[part], cache.hand_out(Listed(addresses, layer.file.width, memory))
+            if settled.right:
+                kept = np.flatnonzero(settled.states[part] == ARRIVING)
+                if len(kept):
+                    cache.settler.copy(layer, settled.ids[part][kept], addresses[kept], memory)
             self._computed += 1
             if len(self._tickets) < self.blocks:
-                self._tickets.append(self._start(len(self._tickets), len(self._tickets) + 1))
+                self._tickets.append(self._start(len(self._tickets)))

@@ -30,25 +30,37 @@ class Slots:
         self.policy = policy
         self.memory = (rows, late)
         self.slot = np.full(file.count, -1, np.int64)  # by id; -1: not here
-        self.free = list(range(policy.capacity - 1, -1, -1))  # the last goes first
+        self.stack = np.arange(policy.capacity, dtype=np.int64)[::-1].copy()  # free slots; the last goes first
+        self.left = np.array([policy.capacity])  # the height of the stack
         places = (part.ctypes.data + file.width * np.arange(len(part), dtype=np.int64) for part in self.memory)
-        self._places = np.concatenate(list(places))
+        self.places = np.concatenate(list(places))
+
+    @property
+    def free(self) -> np.ndarray:
+        return self.stack[: self.left[0]]
 
     def address(self, slots: np.ndarray) -> np.ndarray:
         """Of a slot -1 an address without meaning."""
-        return self._places[slots] if len(self._places) else np.zeros(len(slots), np.int64)
+        return self.places[slots] if len(self.places) else np.zeros(len(slots), np.int64)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Free slots for as many of `ids` as there are: (those that got one, in their order)."""
-        ids = ids[: len(self.free)]
-        self.slot[ids] = [self.free.pop() for _ in range(len(ids))]
+        free = self.free
+        ids = ids[: len(free)]
+        self.slot[ids] = free[len(free) - len(ids) :][::-1]
+        self.left[0] -= len(ids)
         return ids
 
     def release(self, ids: np.ndarray) -> None:
         """The slots of those of `ids` that have one are free."""
         ids = ids[self.slot[ids] >= 0]
-        self.free += self.slot[ids].tolist()
+        self._free(self.slot[ids])
         self.slot[ids] = -1
+
+    def _free(self, slots: np.ndarray) -> None:
+        left = int(self.left[0])
+        self.stack[left : left + len(slots)] = slots
+        self.left[0] += len(slots)
 
     def put(self, ids: np.ndarray, records: np.ndarray) -> None:
         """Copy records, uint8 [n, width], to the slots of `ids`."""
@@ -61,7 +73,9 @@ class Slots:
         """Move what is worth most into the slots that are always there; the late ones hold nothing then."""
         first = len(self.memory[0])
         self.release(self.policy.resize(first))
-        self.free = [slot for slot in self.free if slot < first]
+        kept = self.free[self.free < first]
+        self.left[0] = 0
+        self._free(kept)
         moved = np.flatnonzero(self.slot >= first)
         records = self.memory[1][self.slot[moved] - first]
         self.slot[moved] = -1
@@ -70,4 +84,6 @@ class Slots:
     def have_back(self) -> None:
         first, late = (len(part) for part in self.memory)
         self.policy.resize(first + late)
-        self.free = [*range(first + late - 1, first - 1, -1), *self.free]
+        kept = self.free.copy()
+        self.left[0] = 0
+        self._free(np.concatenate([np.arange(first + late - 1, first - 1, -1), kept]))

@@ -24,6 +24,24 @@ class NeuronPolicy(Protocol):
     hits: int
     misses: int
     held: np.ndarray  # bool [count]
+    last: np.ndarray  # int64 [count]: the time when each was demanded last
+    time: int  # tokens so far
+
+    def turn(self, ids: np.ndarray) -> None:
+        """The next token's time comes, and it demands `ids`."""
+        ...
+
+    def ranks(self) -> np.ndarray:
+        """int64, or floats not below zero, of all ids: higher for what should stay longer. Always the same memory."""
+        ...
+
+    def oldest(self) -> int:
+        """What was demanded last at this time or before goes whether or not there is need for room."""
+        ...
+
+    def count(self, asked: int, missed: int) -> None:
+        """So many ids were demanded, of which so many were not held."""
+        ...
 
     def demand(self, ids: np.ndarray, counted: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """The ids (ascending) that the next token needs -> (those that are not held, those to let go for them).
@@ -49,25 +67,25 @@ class _Ranked:
         self.last = np.full(count, NEVER, np.int64)  # when each was demanded last
 
     def ranks(self) -> np.ndarray:
-        """Of all ids, higher for what should stay longer."""
         raise NotImplementedError
 
-    def expired(self) -> np.ndarray:
-        """Ids that go whether or not there is need for room; none by default."""
-        return np.empty(0, np.int64)
+    def oldest(self) -> int:
+        return NEVER
 
-    def note(self, ids: np.ndarray) -> None:
+    def turn(self, ids: np.ndarray) -> None:
+        self.time += 1
         self.last[ids] = self.time
 
+    def count(self, asked: int, missed: int) -> None:
+        self.hits += asked - missed
+        self.misses += missed
+
     def demand(self, ids: np.ndarray, counted: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        self.time += 1
-        present = self.held[ids]
-        missing = ids[~present]
+        self.turn(ids)
+        missing = ids[~self.held[ids]]
         if counted:
-            self.hits += len(ids) - len(missing)
-            self.misses += len(missing)
-        self.note(ids)
-        gone = self.expired()
+            self.count(len(ids), len(missing))
+        gone = np.flatnonzero(self.held & (self.last <= self.oldest()))
         self.held[gone] = False
         free = self.capacity - int(self.held.sum())
         if len(missing) > free:
@@ -101,8 +119,8 @@ class Window(_Ranked):
     def ranks(self) -> np.ndarray:
         return self.last
 
-    def expired(self) -> np.ndarray:
-        return np.flatnonzero(self.held & (self.last <= self.time - self.k))
+    def oldest(self) -> int:
+        return self.time - self.k
 
 
 class Recent(_Ranked):
@@ -121,8 +139,8 @@ class Frequent(_Ranked):
         self.score = np.zeros(count, np.float64)
         self._weight = 1.0  # grows instead of all scores shrinking
 
-    def note(self, ids: np.ndarray) -> None:
-        super().note(ids)
+    def turn(self, ids: np.ndarray) -> None:
+        super().turn(ids)
         self._weight /= self.decay
         self.score[ids] += self._weight
         if self._weight > 1e100:

@@ -17,7 +17,7 @@ MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth 
 NEURON_BLOCK = 256  # active neurons computed at once, while those of the next blocks are read
 FEW_TOKENS = 32  # of a pass that leaves to neurons the memory that a prompt's pass would take
 NEURON_GUESSES = 96  # neurons of a layer read before attention has said which: those of the highest scores
-NEURON_STAGES = 4  # such blocks on their way at once
+NEURON_STAGES = 2  # such blocks on their way at once
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
 

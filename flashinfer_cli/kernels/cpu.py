@@ -17,16 +17,19 @@ from typing import Any
 
 from numba import float32, int32
 
+from .demands import lay_out, settle, surest
 from .jobs import (
     ABOVE_ZERO,
     ADD_UP,
     ATTEND,
+    COPY,
     DEQUANTIZE,
     FFN,
     FFN_LISTED,
     GATE,
     JOB,
     JOB_WORDS,
+    LAY_OUT,
     LINEAR,
     LINEAR_LISTED,
     MISSED,
@@ -40,8 +43,10 @@ from .jobs import (
     PROGRAM,
     ROTATE,
     SEQUENCE,
+    SETTLE,
     SLEEPERS,
     STOP,
+    SUREST,
     THREADS,
 )
 from .memory import (
@@ -50,6 +55,7 @@ from .memory import (
     atomic_swap,
     load_float,
     load_int,
+    memcpy,
     pause,
     read,
     sched_yield,
@@ -116,6 +122,15 @@ def _help(pool: Any, worker: Any) -> None:
             )  # fmt: skip
         elif kind == ABOVE_ZERO:
             store_int(stride, above_zero(cols, x, weight, out))
+        elif kind == SUREST:
+            store_int(stride, surest(cols, x, weight, group, part, out, gate_bias))
+        elif kind == SETTLE:
+            settle(x)
+        elif kind == LAY_OUT:
+            lay_out(cols, x, weight, width, act, tokens, part, gate_bias, out, stride, scratch, up_bias, group, code)
+        elif kind == COPY:
+            for i in range(first, first + rows):
+                memcpy(load_int(out + 8 * i), load_int(weight + 8 * i), width)
         else:
             gate_biases = gate_bias + 4 * first if gate_bias else gate_bias
             up_biases = up_bias + 4 * first if up_bias else up_bias
@@ -230,6 +245,13 @@ def enter(pool: Any, worker: Any) -> None:
     bits of act are the scale; scratch: `code` bytes a head handed out together.
     ABOVE_ZERO: the places of `cols` floats of x that are above zero with the bias at `weight`, to int64 out, and their
     number to [stride].
+    SUREST: of `cols` neurons as in ABOVE_ZERO, those whose int64 at [group] is below zero, at most `part`; gate bias:
+    int64 [2 cols] to work in.
+    SETTLE: `demands.settle` on the sheet at x.
+    LAY_OUT: `demands.lay_out` of `cols` ids at x to addresses at `weight`: act is the base, `tokens` the gap, `part`
+    the most pieces of a read, gate bias the waste; out, stride, scratch and up bias what it fills, [group] the
+    counts, code the address of the requests.
+    COPY: `count` records of `width` bytes from where int64 `weight` says to where int64 out says.
     PROGRAM: `count` jobs, whose words stand at `weight`, one after the other.
     """
     if worker > 0:

@@ -10,7 +10,10 @@ from ..checkpoint.base import FORMATS, PLAIN
 
 # Kinds of jobs, formats and activations, by number. Plain formats come first, then the blocks that bundles are made
 # of: for those two kinds there are products that take weights straight from memory.
-LINEAR, DEQUANTIZE, FFN, ADD_UP, FFN_LISTED, LINEAR_LISTED, NORM, ROTATE, ATTEND, ABOVE_ZERO, PROGRAM = range(11)
+(
+    LINEAR, DEQUANTIZE, FFN, ADD_UP, FFN_LISTED, LINEAR_LISTED, NORM, ROTATE, ATTEND, ABOVE_ZERO, SUREST, SETTLE,
+    LAY_OUT, COPY, PROGRAM,
+) = range(15)  # fmt: skip
 BLOCKS = tuple(fmt for fmt, (elements, _) in FORMATS.items() if elements > 1)
 DIRECT_BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q4_G64")
 CODES = {fmt: code for code, fmt in enumerate((*PLAIN, *DIRECT_BLOCKS, *(f for f in BLOCKS if f not in DIRECT_BLOCKS)))}
@@ -50,3 +53,18 @@ FFN_CHUNK_BYTES = 288 << 10  # of neurons' records handed out together, but
 FFN_CHUNK_ROWS = 32  # not more of them than this,
 FFN_CHUNKS = 16  # and not in more chunks than this, since each has sums of its own
 SUMS_BYTES = 8 << 20  # of such sums at once: with more tokens, some at a time
+
+# The sheet of a demand of neurons (`demands.settle`), by byte offsets. Of the layer, which never move: arrays by id
+# (held bool, last and ranks int64, slot int64), the stack of free slots and the address of its height, slots' places.
+S_COUNT, S_HELD, S_LAST, S_RANKS, S_SLOT, S_FREE, S_LEFT, S_PLACES = range(0, 64, 8)
+# Of all layers: int64 [3 count] to work in, and [count] zeros; where records are computed on in passing, an address for
+# each of `stages`; a block's neurons; blocks that are read at once.
+S_WORK, S_MARKS, S_PASSING, S_STAGES, S_BLOCK, S_BLOCKS_READ, S_WIDTH = range(64, 120, 8)
+# Of one demand: the policy's room, its time, the time of what goes whether or not there is need; ids asked for, ids
+# guessed and where rows of theirs begin.
+S_CAPACITY, S_TIME, S_OLDEST, S_IDS, S_ASKED, S_GUESSED_IDS, S_GUESSED, S_GUESSED_ROWS = range(120, 184, 8)
+# What comes of it: the address of each id's record (int64) and its state (a byte), what to read, the counts of ids that
+# the policy did not hold, of reads, and of guesses that were right.
+S_ADDRESSES, S_STATES, S_READ_IDS, S_READ_AT, S_MISSES, S_READS, S_RIGHT = range(184, 240, 8)
+SHEET_WORDS = 30
+STATE_ABSENT, STATE_NEW, STATE_GUESSED = 1, 2, 4  # had no slot; has got one, which it is yet to reach; was guessed

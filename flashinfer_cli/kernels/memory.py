@@ -10,9 +10,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .lanes import F32, I32, I64
+from .lanes import F32, I8, I32, I64
 
 read: Any = types.ExternalFunction("read", types.int64(types.int32, types.int64, types.int64))
+memcpy: Any = types.ExternalFunction("memcpy", types.int64(types.int64, types.int64, types.int64))
 write: Any = types.ExternalFunction("write", types.int64(types.int32, types.int64, types.int64))
 sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
@@ -30,6 +31,25 @@ def load_int(typingctx: Any, address: Any) -> Any:
 def store_int(typingctx: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         b.store(args[1], _word(b, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_byte(typingctx: Any, address: Any) -> Any:
+    """As int64, without a sign."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        return b.zext(b.load(_word(b, args[0], I8)), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_byte(typingctx: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        b.store(b.trunc(args[1], I8), _word(b, args[0], I8))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

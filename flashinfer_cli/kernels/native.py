@@ -11,7 +11,16 @@ from ..checkpoint.base import FORMATS, PLAIN
 from . import jobs
 from .listed import Listed
 from .pool import Pool, usable_cores
-from .program import SCRATCH, Program, address, attend_words, linear_words, listed_words, norm_words
+from .program import (
+    SCRATCH,
+    Program,
+    address,
+    attend_words,
+    linear_words,
+    listed_words,
+    norm_words,
+    surest_words,
+)
 from .warm import compiled
 
 
@@ -145,6 +154,58 @@ class NumbaKernels:
             space.run(*words)
         finally:
             self._pool.release(shared)
+
+    # ---- what a demand of neurons asks for, beside the arithmetic
+    def _run(self, *words: int) -> None:
+        space, shared = self._pool.take()
+        try:
+            space.run(*words)
+        finally:
+            self._pool.release(shared)
+
+    def settle(self, sheet: int) -> None:
+        """A demand, by the address of its sheet (`jobs`)."""
+        self._run(jobs.SETTLE, 0, 0, 1, 0, 0, 0, sheet, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0)
+
+    def surest(
+        self, scores: np.ndarray, bias: int, slot: np.ndarray, most: int, ids: np.ndarray, found: np.ndarray,
+        work: np.ndarray,
+    ) -> None:  # fmt: skip
+        """`Program.surest`, now; `bias` is an address."""
+        self._run(*surest_words(scores.ctypes.data, len(scores), bias, slot, most, ids, found, work))
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray, width: int) -> None:
+        """Copy records of `width` bytes from int64 addresses [n] to others."""
+        assert sources.flags.c_contiguous and targets.flags.c_contiguous and len(sources) == len(targets)
+        self._run(
+            jobs.COPY, 0, 0, len(sources), 0, sources.ctypes.data, width, 0, targets.ctypes.data, 0, 16, 0, 0, 0, 0, 0,
+            0, 0,
+        )  # fmt: skip
+
+    def lay_out(
+        self, ids: np.ndarray, addresses: np.ndarray, width: int, base: int, gap: int, most: int, waste: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """`store.scatter.lay_out`: offsets, sizes, first, and views as int64 [pieces, 2]; then the requests int64
+        [reads, 8] of `store.aio` and their addresses. `waste` is an address."""
+        count = len(ids)
+        space = np.empty(16 * count + 3, np.int64)
+        at = space.ctypes.data
+        sizes, first, views, requests = at + 8 * count, at + 16 * count, at + 24 * count + 8, at + 56 * count + 8
+        counts = requests + 72 * count
+        self._run(
+            jobs.LAY_OUT, requests, gap, 1, count, addresses.ctypes.data, width, ids.ctypes.data, at, sizes, 1, first,
+            0, base, waste, views, counts, most,
+        )  # fmt: skip
+        reads, pieces = space[-2:].tolist()
+        place, after = 3 * count + 1, 7 * count + 1
+        return (
+            space[:reads],
+            space[count : count + reads],
+            space[2 * count : 2 * count + reads + 1],
+            space[place : place + 2 * pieces].reshape(-1, 2),
+            space[after : after + 8 * reads].reshape(-1, 8),
+            space[after + 8 * count : after + 8 * count + reads],
+        )
 
     def run(self, program: Program) -> None:
         """All jobs of a program, with one call."""

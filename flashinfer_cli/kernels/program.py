@@ -114,6 +114,17 @@ def attend_words(
     return words, chunk * line // 4
 
 
+def surest_words(
+    scores: int, n: int, bias: int, slot: np.ndarray, most: int, ids: np.ndarray, found: np.ndarray, work: np.ndarray
+) -> list[int]:
+    """The job of `Program.surest`; scores and bias are addresses."""
+    assert len(work) >= 2 * n and len(ids) >= n <= len(slot)
+    return [
+        jobs.SUREST, 0, 0, 1, n, bias, 0, scores, ids.ctypes.data, found.ctypes.data, 1, 0, 0, 0, work.ctypes.data, 0,
+        slot.ctypes.data, most,
+    ]  # fmt: skip
+
+
 class Program:
     """Jobs in their order, for `threads` threads; run by `NumbaKernels.run`. What they point at must stay where it is,
     and is kept alive here."""
@@ -207,6 +218,16 @@ class Program:
             0, 0, 0, 0, 0, 0, 0,
         ]  # fmt: skip
         self._add(words, 0, scores, bias, ids, found)
+
+    def surest(
+        self, scores: torch.Tensor, bias: torch.Tensor, slot: np.ndarray, most: int, ids: np.ndarray, found: np.ndarray,
+        work: np.ndarray,
+    ) -> None:  # fmt: skip
+        """As `above_zero`, but only those whose slot, int64 [n], is below zero, at most the `most` highest; work: int64
+        [2 n]."""
+        n = scores.numel()
+        words = surest_words(scores.data_ptr(), n, bias.data_ptr(), slot, most, ids, found, work)
+        self._add(words, 0, scores, bias, slot, ids, found, work)
 
     def placed(self, scratch: int) -> tuple[int, int]:
         """The address of the jobs with their scratch at `scratch`, and their number."""

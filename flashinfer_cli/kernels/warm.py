@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SECONDS = 8  # what compiling takes, for the notice
+SECONDS = 15  # what compiling takes, for the notice
 TIMEOUT = 600
 _SOURCES = (
     "lanes.py",
@@ -39,6 +39,7 @@ _SOURCES = (
     "products.py",
     "softmax.py",
     "tokens.py",
+    "demands.py",
     "cpu.py",
     "warm.py",
     "../checkpoint/base.py",

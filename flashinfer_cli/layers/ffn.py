@@ -126,12 +126,19 @@ class SparseFfn:
         if isinstance(self.demand, LowRankPredictor) and self.worth_guessing():
             with rt.recorder.computing():
                 scores = self.demand.scores(x)[0]
-            self.expect_scored(scores)
+            assert isinstance(self.cache, NeuronCache)
+            self.cache.guess(self.layer, scores.numpy())
 
-    def expect_scored(self, scores: torch.Tensor) -> None:
-        """Begin to read the neurons of the highest scores [count], above zero."""
+    @property
+    def absent(self) -> tuple[np.ndarray, int]:
+        """int64 [count], below zero for neurons that are not in memory; and how many may be read ahead."""
         assert isinstance(self.cache, NeuronCache)
-        self.cache.guess(self.layer, scores.numpy())
+        return self.cache.layers[self.layer].slot, self.cache.guesses
+
+    def expect_named(self, ids: np.ndarray) -> None:
+        """Begin to read neurons that are not here, ascending."""
+        assert isinstance(self.cache, NeuronCache)
+        self.cache.guess_ids(self.layer, ids)
 
     def of_named(self, x: torch.Tensor, ids: np.ndarray, rt: Runtime) -> torch.Tensor:
         """While decoding, x [1, d] through neurons `ids`, which `demand` names for it -> [1, d]."""

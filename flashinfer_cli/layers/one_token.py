@@ -31,8 +31,14 @@ class Expect(Protocol):
         """Is it worth the while now."""
         ...
 
-    def expect_scored(self, scores: torch.Tensor) -> None:
-        """The predictor's scores [count] of the FFN's input without what attention adds."""
+    @property
+    def absent(self) -> tuple[np.ndarray, int]:
+        """int64 [count], below zero for neurons that are not in memory; and how many may be read ahead."""
+        ...
+
+    def expect_named(self, ids: np.ndarray) -> None:
+        """Neurons that are not here, which the predictor is surest of, told the FFN's input without what attention
+        adds."""
         ...
 
 
@@ -130,8 +136,7 @@ class OneToken:
             assert self.predictor is not None
             with rt.recorder.computing():
                 rt.kernels.run(self._guess)  # type: ignore[attr-defined]
-                scores = self._scores[0] + self.predictor.bias
-            self.expect.expect_scored(scores)
+            self.expect.expect_named(self.named)
         for step in self._steps:
             if isinstance(step, Program):
                 with rt.recorder.computing():
@@ -142,7 +147,7 @@ class OneToken:
 
     @property
     def named(self) -> np.ndarray:
-        """The neurons that the predictor names for the token that was just computed, ascending."""
+        """The neurons that the predictor named last, ascending."""
         assert self.predictor is not None
         return self.bench.ids(len(self.predictor.bias))[: self.bench.found[0]].copy()
 
@@ -152,9 +157,11 @@ class OneToken:
         hd, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
         keys, values = kv.keys[attention.layer], kv.values[attention.layer]
         h, out = bench.row("h", d), bench.row("out", d)
-        if self.expect is not None:
+        if self.expect is not None and self.predictor is not None:
             self._predict(x, h, rt)
-            self._guess = self._program(rt)
+            self._guess, bias, (slot, most) = self._program(rt), self.predictor.bias, self.expect.absent
+            ids, work = bench.ids(len(bias)), bench.ids(2 * len(bias))
+            self._guess.surest(self._scores, bias, slot, most, ids, bench.found, work)
             self._steps.clear()
         self._norm(self.attn_norm, x, h, rt)
         widths = heads * hd, kv_heads * hd, kv_heads * hd

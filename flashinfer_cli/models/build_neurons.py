@@ -53,7 +53,9 @@ class NeuronBuilder:
             policies[index] = make_policy(self.run.neuron_policy, counts[index], room[index], self.run.window)
         guesses = NEURON_GUESSES * self.run.prefetch_neurons
         rt = self.rt
-        return NeuronCache(rt.feed.store, rt.feed.device, rt.recorder, files, policies, NEURON_BLOCK, guesses, late)
+        return NeuronCache(
+            rt.feed.store, rt.feed.device, rt.recorder, files, policies, NEURON_BLOCK, guesses, late, rt.kernels
+        )
 
     def ffn(self, index: int, layer: LayerLayout, dense: RecordFfn) -> SparseFfn:
         """The layer that computes on the neurons its predictor names, and densely in a prompt."""

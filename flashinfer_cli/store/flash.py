@@ -20,7 +20,7 @@ from ..errors import StorageError
 from ..recorder import Recorder
 from .aio import Batch
 from .reader import Reader
-from .scatter import GAP_BYTES, Pieces, lay_out
+from .scatter import GAP_BYTES, LayOut, Pieces, lay_out
 from .spans import ALIGN, Span, span_of
 
 __all__ = ["ALIGN", "REQUEST_BYTES", "FlashStore", "Span", "Ticket", "span_of"]
@@ -42,7 +42,7 @@ class Ticket:
         self.error: Exception | None = None
         self._left = len(sizes) if requests is None else requests  # of these, not yet ended
         self._done = threading.Event()
-        if not sizes:
+        if not self._left:
             self._done.set()
 
     @property
@@ -65,7 +65,7 @@ class Handed(Ticket):
     __slots__ = ("batch", "path", "pieces", "store")
 
     def __init__(self, kind: str, useful: int, store: FlashStore, path: Path, pieces: Pieces, batch: Batch) -> None:
-        super().__init__(kind, tuple(pieces.sizes.tolist()), useful, 1)
+        super().__init__(kind, (), useful, 1)
         self.store, self.path, self.pieces, self.batch = store, path, pieces, batch
 
     @property
@@ -95,9 +95,15 @@ class FlashStore:
     """
 
     def __init__(
-        self, recorder: Recorder, *, threads: int = 8, direct: str = "auto", request_bytes: int = REQUEST_BYTES
+        self,
+        recorder: Recorder,
+        *,
+        threads: int = 8,
+        direct: str = "auto",
+        request_bytes: int = REQUEST_BYTES,
+        lay_out: LayOut = lay_out,
     ) -> None:
-        self.recorder = recorder
+        self.recorder, self._lay_out = recorder, lay_out
         self.request_bytes = request_bytes
         self.threads = threads
         self.reader = Reader(direct)
@@ -164,7 +170,7 @@ class FlashStore:
         what is `urgent` goes before all that is queued. `base` and `width` are multiples of `scatter.SECTOR`.
         """
         gap = max(0, GAP_BYTES // width)
-        pieces = lay_out(ids, addresses, width, base, gap, memory, self._waste(gap * width))
+        pieces = self._lay_out(ids, addresses, width, base, gap, memory, self._waste(gap * width))
         count = len(pieces)
         batch = self.reader.begin(path, pieces) if count else None
         if batch is not None:
@@ -282,7 +288,7 @@ class FlashStore:
                 return True
             self._finish(ticket, error)
         if error is None:
-            self.recorder.io(ticket.kind, ticket.sizes, ticket.useful)
+            self.recorder.io(ticket.kind, ticket.pieces.sizes.tolist(), ticket.useful)
         ticket._done.set()
         return True
 

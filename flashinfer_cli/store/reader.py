@@ -67,6 +67,8 @@ class Reader:
 
     def _check(self, path: Path, pieces: Pieces, got: np.ndarray, direct: bool) -> None:
         """Read again, buffered, what the drive would not give by sectors; raise where something else went wrong."""
+        if (got == pieces.sizes).all():
+            return
         least = int(got.min(initial=0))
         if least < 0:
             if direct and -least == errno.EINVAL:
@@ -74,9 +76,8 @@ class Reader:
                 return self.scatter(path, pieces)
             raise StorageError(f"Reading {path} failed: {os.strerror(-least)}.")
         short = np.flatnonzero(got != pieces.sizes)
-        if len(short):
-            end = int(pieces.offsets[short[0]] + got[short[0]])
-            raise CorruptCheckpointError(f"{path} ended at byte {end}: it has shrunk since it was opened.")
+        end = int(pieces.offsets[short[0]] + got[short[0]])
+        raise CorruptCheckpointError(f"{path} ended at byte {end}: it has shrunk since it was opened.")
 
     # ---- by the thread that asks
     def begin(self, path: Path, pieces: Pieces) -> Batch | None:
@@ -89,7 +90,8 @@ class Reader:
                 self._asked, self._callers = True, Aio.open(CALLERS_DEPTH)
             if self._callers is None:
                 return None
-            return self._callers.begin(fd, pieces.offsets, pieces.first, pieces.views, pieces.memory)
+            kept, requests = pieces.memory, pieces.requests
+            return self._callers.begin(fd, pieces.offsets, pieces.first, pieces.views, kept, requests)
 
     def end(self, path: Path, pieces: Pieces, batch: Batch, wait: bool = True) -> bool:
         """Whether a batch has ended; raises as `scatter` does."""

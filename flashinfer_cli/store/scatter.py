@@ -6,15 +6,28 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..config import KiB
 from .aio import IOVEC
 
+if TYPE_CHECKING:
+    from ..kernels.native import NumbaKernels
+
 SECTOR = 512  # of records' places and widths
 GAP_BYTES = 8 * KiB  # between two wanted records that are still read as one
 MOST_VIEWS = 256  # records of one read, each with a gap before it; systems allow 1,024 pieces of memory
+
+
+class LayOut(Protocol):
+    """`lay_out`, and what does the same."""
+
+    def __call__(
+        self, ids: np.ndarray, addresses: np.ndarray, width: int, base: int, gap: int, memory: tuple[np.ndarray, ...],
+        waste: np.ndarray, /,
+    ) -> Pieces: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Pieces:
     first: np.ndarray  # int64 [reads + 1]
     views: np.ndarray  # IOVEC
     memory: tuple[np.ndarray, ...]
+    requests: tuple[np.ndarray, np.ndarray] | None = None  # for `Aio.begin`, and their addresses; where they are known
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -66,6 +80,22 @@ def lay_out(
     last = np.append(begin[1:], count)[: len(begin)] - 1
     sizes = (ids[last] - ids[begin] + 1) * width
     return Pieces(base + ids[begin] * width, sizes, first, views, (*memory, waste))
+
+
+def compiled_lay_out(kernels: NumbaKernels) -> LayOut:
+    """The same with one call of compiled code."""
+
+    def compiled(
+        ids: np.ndarray, addresses: np.ndarray, width: int, base: int, gap: int, memory: tuple[np.ndarray, ...],
+        waste: np.ndarray,
+    ) -> Pieces:  # fmt: skip
+        ids, addresses = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(addresses, np.int64)
+        found = kernels.lay_out(ids, addresses, width, base, gap, MOST_VIEWS, waste.ctypes.data)
+        offsets, sizes, first, views, requests, pointers = found
+        views = views.view(IOVEC).reshape(-1)
+        return Pieces(offsets, sizes, first, views, (*memory, waste), (requests, pointers))
+
+    return compiled
 
 
 def read_one_by_one(fd: int, offsets: np.ndarray, first: np.ndarray, views: np.ndarray) -> np.ndarray:
