@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ import torch
 from sparse_bundle import PROMPT, STEPS, decoded, reads, slots_of, write_predictors
 
 import flashinfer_cli as fc
+from flashinfer_cli.apps.planning import plan_only
 from flashinfer_cli.apps.recording import recording
 from flashinfer_cli.apps.replay import as_it_ran
 from flashinfer_cli.bundles.sparsity import PREDICTORS_FILE, SPARSITY_FILE
 from flashinfer_cli.cache.trace import read_trace
-from flashinfer_cli.config import NEURON_POLICIES
+from flashinfer_cli.config import NEURON_POLICIES, RunConfig
 from flashinfer_cli.errors import BundleError
 from flashinfer_cli.layers.demand import Oracle
 from flashinfer_cli.models.open import open_model
+from flashinfer_cli.plan import Sizes, make_plan
 
 
 def test_no_cache_changes_a_bit(sparse_bundle, monkeypatch):
@@ -173,3 +176,18 @@ def test_a_prompt_has_the_late_slots(sparse_bundle, tmp_path, monkeypatch, polic
         assert reads(engine.report()) == counts[1] * 512 + engine.report().wasted_bytes
     again = as_it_ran(read_trace(tmp_path / "t.jsonl.gz"))
     assert (again.hits(), again.misses()) == counts
+
+
+def test_a_plan_without_a_run_knows_of_the_neurons(sparse_bundle, monkeypatch):
+    """`genai-run plan` divides the same sizes as a run."""
+    seen: list[Sizes] = []
+    monkeypatch.setattr(
+        "flashinfer_cli.engine.make_plan",
+        lambda sizes, **rest: seen.append(replace(sizes, scratch=len)) or make_plan(sizes, **rest),
+    )
+    for exact in (False, True):
+        decoded(sparse_bundle, exact=exact)
+        plan_only(str(sparse_bundle), RunConfig(context=32, exact=exact))
+    sparse, planned, dense, planned_dense = seen
+    assert sparse == planned and dense == planned_dense
+    assert sparse.neurons > 0 == dense.neurons

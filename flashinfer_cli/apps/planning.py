@@ -8,14 +8,16 @@ from .. import device as devices
 from ..config import RunConfig
 from ..engine import plan_model
 from ..errors import TokenizerError
+from ..kernels.reference import ReferenceKernels
 from ..models.layout import lay_out
 from ..models.open import open_model
+from ..models.predictors import load_predictors
 from ..plan import MemoryPlan
 
 
 def plan_only(model: str, run: RunConfig) -> MemoryPlan:
-    """Make the plan that a run with these settings would have. Loads the tokenizer, since its memory counts, and no
-    weights.
+    """Make the plan that a run with these settings would have. Loads the tokenizer and the predictors of neurons, since
+    their memory counts, and no weights.
 
     Raises BudgetError when the budget is below the least.
     """
@@ -23,5 +25,12 @@ def plan_only(model: str, run: RunConfig) -> MemoryPlan:
     opened = open_model(model, revision=run.revision)
     with suppress(TokenizerError):  # planning needs no text; a run that does says so itself
         _ = opened.tokenizer
-    layout = lay_out(opened.checkpoint, opened.config, opened.weights)
-    return plan_model(opened, layout, run, devices.resolve(run.device))[0]
+    device, sparsity = devices.resolve(run.device), None if run.exact else opened.sparsity
+    sparse = [layer.layer for layer in sparsity.layers] if sparsity is not None else []
+    predictors = load_predictors(opened.checkpoint.path, sparse, ReferenceKernels(), device)
+    layout = lay_out(opened.checkpoint, opened.config, opened.weights, sparse, run.degrade > 0)
+    if run.memory not in (None, "auto"):
+        devices.let_go_of_code()
+    plan = plan_model(opened, layout, run, device)[0]
+    del predictors  # here until now, as in a run
+    return plan
