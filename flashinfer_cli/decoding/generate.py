@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -70,7 +70,7 @@ class Session:
         logits, done = None, 0
         for index, (part, head) in enumerate(zip(chunks, heads, strict=True)):
             following = heads[index + 1 : index + 2] or ([True] if more else [])
-            with self._phase("prefill", len(part)), reusing_pages():
+            with self._phase("prefill", len(part)), nullcontext() if self.decoder.has_experts else reusing_pages():
                 logits = self._run(part, "last" if head else "none", total, following)
             done += len(part)
             if progress is not None:

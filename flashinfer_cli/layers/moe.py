@@ -19,6 +19,8 @@ from .linear import Runtime
 from .norm import Norm
 from .routing import CacheBias, CacheGap, other_groups, route, route_groups
 
+SUMMED = 64  # tokens whose outputs by rank are weighed and added up at a time: of a long prompt they take as much again
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -146,7 +148,9 @@ class MoeFfn:
                     token, rank = (chosen == expert).nonzero(as_tuple=True)
                     by_rank[token, rank] = self._expert(x[token], self.layouts[expert], pieces, rt)
         with rt.recorder.computing():
-            out = (by_rank * weights[..., None]).sum(1)
+            parts = zip(by_rank.split(SUMMED), weights[..., None].split(SUMMED), strict=True)
+            sums = [(rows * factors).sum(1) for rows, factors in parts]
+            out = sums[0] if len(sums) == 1 else torch.cat(sums)
         return out if extra is None else out.add_(extra)
 
     def _empty(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

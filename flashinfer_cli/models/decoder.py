@@ -122,6 +122,8 @@ class Decoder:
         self.positions = positions
         self.project_in = project_in
         self.blocks = tuple(blocks)
+        # A prompt's tokens part among experts, so that it asks for blocks of memory of ever other sizes.
+        self.has_experts = any(isinstance(block.ffn, MoeFfn) for block in self.blocks)
         self.project_out = project_out
         self.final_norm = final_norm
         self.head = head
