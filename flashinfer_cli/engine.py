@@ -21,7 +21,6 @@ from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.speculative import Speculator
 from .errors import BudgetError, TokenizerError, UsageError
 from .kernels import select
-from .kernels.native import NumbaKernels
 from .layers.linear import Runtime
 from .models.ahead import read_ahead
 from .models.build import Builder
@@ -34,8 +33,7 @@ from .plan import MemoryPlan, make_plan
 from .recorder import Recorder
 from .report import RunReport, expert_cache, readings
 from .store.flash import FlashStore
-from .store.scatter import compiled_lay_out
-from .store.scatter import lay_out as lay_out_records
+from .store.scatter import layout_by
 from .store.tuning import Reading, drive_of, kept, reading_of
 from .tokenizer import Tokenizer
 
@@ -146,7 +144,7 @@ class Engine:
             threads=run.io_threads or self.reading.depth,
             direct=run.direct_io,
             request_bytes=self.reading.request_bytes,
-            lay_out=compiled_lay_out(self.kernels) if isinstance(self.kernels, NumbaKernels) else lay_out_records,
+            lay_out=layout_by(self.kernels),
         )
         try:
             feed = Feed(self.store, self.device, self.recorder)

@@ -14,7 +14,7 @@ from flashinfer_cli.config import NEURON_POLICIES
 from flashinfer_cli.device import allocate
 from flashinfer_cli.kernels.native import NumbaKernels
 from flashinfer_cli.store.aio import IOCB, IOVEC
-from flashinfer_cli.store.scatter import MOST_VIEWS, compiled_lay_out, lay_out
+from flashinfer_cli.store.scatter import MOST_VIEWS, lay_out, layout_by
 
 COUNT, WIDTH, BLOCK = 200, 512, 16
 
@@ -88,7 +88,7 @@ def test_copies_reach_their_slots(numba: NumbaKernels) -> None:
 
 @pytest.mark.parametrize("gap", [0, 1, 5])
 def test_reads_laid_out_as_by_numpy(numba: NumbaKernels, gap: int) -> None:
-    random, compiled = np.random.default_rng(gap), compiled_lay_out(numba)
+    random, compiled = np.random.default_rng(gap), layout_by(numba)
     memory, waste = (allocate(8 * WIDTH),), allocate((gap + 1) * WIDTH)
     for share in (0.0005, 0.02, 0.3, 0.9, 1.0):
         ids = np.flatnonzero(random.random(3 * MOST_VIEWS) < share) if share > 0.001 else np.array([7])

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..cache.experts import Arrivals, ExpertCache, Pieces
+from ..cache.arrivals import Arrivals, Pieces
+from ..cache.experts import ExpertCache
 from ..config import MoeConfig
 from ..store.spans import Span
 from .expert import ExpertLayout, ExpertPart, apply_expert, apply_experts, together

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ..config import KiB
 from .aio import IOVEC
 
 if TYPE_CHECKING:
+    from ..kernels import Kernels
     from ..kernels.native import NumbaKernels
 
 SECTOR = 512  # of records' places and widths
@@ -82,15 +83,18 @@ def lay_out(
     return Pieces(base + ids[begin] * width, sizes, first, views, (*memory, waste))
 
 
-def compiled_lay_out(kernels: NumbaKernels) -> LayOut:
-    """The same with one call of compiled code."""
+def layout_by(kernels: Kernels) -> LayOut:
+    """`lay_out`, or the same with one call of code where kernels are compiled."""
+    if kernels.name != "numba":
+        return lay_out
+    numba = cast("NumbaKernels", kernels)
 
     def compiled(
         ids: np.ndarray, addresses: np.ndarray, width: int, base: int, gap: int, memory: tuple[np.ndarray, ...],
         waste: np.ndarray,
     ) -> Pieces:  # fmt: skip
         ids, addresses = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(addresses, np.int64)
-        found = kernels.lay_out(ids, addresses, width, base, gap, MOST_VIEWS, waste.ctypes.data)
+        found = numba.lay_out(ids, addresses, width, base, gap, MOST_VIEWS, waste.ctypes.data)
         offsets, sizes, first, views, requests, pointers = found
         views = views.view(IOVEC).reshape(-1)
         return Pieces(offsets, sizes, first, views, (*memory, waste), (requests, pointers))
