@@ -14,8 +14,7 @@ from .errors import BudgetError
 from .report import PlanPart
 
 RESERVE = 24 * MiB  # what no part accounts for: thread stacks, Python objects, fragments
-RESERVE_LATE = 8 * MiB  # of it, what neurons have behind a prompt, when most of what there may be has come
-RESERVE_LENT = 12 * MiB  # of it, where that gives one more expert a slot
+RESERVE_LATE = 4 * MiB  # of it, what neurons have behind a prompt, when most of what there may be has come
 RING_SLICES = 6  # the ring wanted, in slices of the largest size
 RING_SPARSE = 3  # beside neurons that go first, which leave the drive less time to read slices far ahead
 RING_LEAST = 2  # one in use, one on its way
@@ -237,13 +236,11 @@ def make_plan(
         k = sizes.experts_per_tok
         more = min(max(k + 1, 3 * k // 2 - 1), max(0, 3 * left // 4 // sizes.expert))
         transit, left = transit + more, left - more * sizes.expert
-        whole, rest = divmod(max(0, left), sizes.expert)
-        slots = 0 if always else min(num_experts, whole + (rest + RESERVE_LENT >= sizes.expert))
+        slots = 0 if always else min(num_experts, max(0, left) // sizes.expert)
 
     kept = sum(s for s, p in zip(sizes.slices, pinned, strict=True) if p)
     in_full = all(pinned) and not always and slots == num_experts
     left -= slots * sizes.expert
-    lent = max(0, -left)
     table_stays = in_full and 0 < sizes.table <= (left if card is None else room - all_slices)
     expert_bytes = slots * sizes.expert
     streamed = all_slices - kept + (num_experts - slots) * sizes.expert
@@ -256,7 +253,7 @@ def make_plan(
         ),
         PlanPart("keys and values", kv, note=f"{context} tokens"),
         PlanPart("scratch", sizes.scratch(chunk), note=f"{chunk} tokens at once"),
-        PlanPart("reserve", RESERVE - lent),
+        PlanPart("reserve", RESERVE),
     ]
     if neurons:
         parts.insert(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from ..cache.neurons import NeuronCache
 from ..config import SamplingParams
+from ..device import release_free_memory
 from ..engine import Engine
 from ..report import RunReport
 from ..store.drive import measure
@@ -22,6 +24,9 @@ def profile(
     for event in engine.generate(prompt, sampling):
         if progress is not None:
             progress(event.index + 1, total, "generating")
+    if isinstance(engine.neurons, NeuronCache):  # measuring takes memory too: what a prompt would take
+        engine.neurons.have(False)
+    release_free_memory()
     files = engine.checkpoint.files
     largest = max(files, key=lambda path: path.stat().st_size)
     if progress is not None:
