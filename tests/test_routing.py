@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.cache_routing import Swap
+from benchmarks.routing_rules import Swap
 from flashinfer_cli.config import MoeConfig
 from flashinfer_cli.layers.routing import CacheGap, route
 

@@ -23,7 +23,7 @@ from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
 from .pinned import Block, Tracing
 from .settling import ARRIVING, CompiledSettler, PlainSettler, Settled, Settler
-from .slots import NeuronFile, Slots
+from .slots import NeuronFile, Slots, shares
 from .window import NeuronPolicy
 
 NOTHING = np.empty(0, np.int64)
@@ -66,7 +66,7 @@ class NeuronCache:
         self._early, self._late = (
             allocate(sum(slots[layer] * file.width for layer, file in files.items())) for slots in (early, late)
         )
-        rows, more = (_shares(memory, files, slots) for memory, slots in ((self._early, early), (self._late, late)))
+        rows, more = (shares(memory, files, slots) for memory, slots in ((self._early, early), (self._late, late)))
         self.layers = {layer: Slots(file, policies[layer], rows[layer], more[layer]) for layer, file in files.items()}
         self._whole = True  # are the late slots ours
         self.trace: Tracing | None = None
@@ -220,15 +220,6 @@ class NeuronCache:
     def hand_out(self, records: Listed) -> Listed | torch.Tensor:
         """Where kernels find them: on the host where they stand, on a card as copies."""
         return records if self.device.is_host else self.device.put(records.gather())
-
-
-def _shares(memory: np.ndarray, files: Mapping[int, NeuronFile], slots: Mapping[int, int]) -> dict[int, np.ndarray]:
-    """Rows of records for each layer, uint8 [slots, width], one layer's behind the other's."""
-    found, place = {}, 0
-    for layer, file in files.items():
-        found[layer] = memory[place : place + slots[layer] * file.width].reshape(slots[layer], file.width)
-        place += slots[layer] * file.width
-    return found
 
 
 class Fetch:

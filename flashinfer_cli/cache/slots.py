@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,3 +88,12 @@ class Slots:
         kept = self.free.copy()
         self.left[0] = 0
         self._free(np.concatenate([np.arange(first + late - 1, first - 1, -1), kept]))
+
+
+def shares(memory: np.ndarray, files: Mapping[int, NeuronFile], slots: Mapping[int, int]) -> dict[int, np.ndarray]:
+    """Rows of records for each layer, uint8 [slots, width], one layer's behind the other's."""
+    found, place = {}, 0
+    for layer, file in files.items():
+        found[layer] = memory[place : place + slots[layer] * file.width].reshape(slots[layer], file.width)
+        place += slots[layer] * file.width
+    return found
