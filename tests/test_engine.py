@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +221,21 @@ def test_inspect_counts_every_weight(folder: Path) -> None:
     assert found["parameters"] == sum(w.size for w in weights.values())
     assert sum(found["parts"].values()) == sum(w.nbytes for w in weights.values())
     assert found["chat_template"] is True and found["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(("family", "kept"), [("llama", 1), ("mixtral", 0)])
+def test_a_prompt_keeps_its_memory_but_with_experts(
+    tiny: Tiny, family: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every expert has another number of tokens: what is kept of one fits no other, and adds up past a budget."""
+    entered = []
+
+    @contextmanager
+    def counting() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr("flashinfer_cli.decoding.generate.reusing_pages", counting)
+    with fc.load(tiny(family, 0)[0], context=32) as engine:
+        engine.session().prefill([3, 5, 7, 9])
+    assert len(entered) == kept

@@ -13,15 +13,17 @@ from sparse_bundle import PROMPT, STEPS, decoded, reads, slots_of, write_predict
 
 import flashinfer_cli as fc
 from flashinfer_cli.apps.planning import plan_only
+from flashinfer_cli.apps.profile import profile
 from flashinfer_cli.apps.recording import recording
 from flashinfer_cli.apps.replay import as_it_ran
 from flashinfer_cli.bundles.sparsity import PREDICTORS_FILE, SPARSITY_FILE
 from flashinfer_cli.cache.trace import read_trace
-from flashinfer_cli.config import NEURON_POLICIES, RunConfig
+from flashinfer_cli.config import NEURON_POLICIES, RunConfig, SamplingParams
 from flashinfer_cli.errors import BundleError
 from flashinfer_cli.layers.demand import Oracle
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import Sizes, make_plan
+from flashinfer_cli.store.drive import DriveRate
 
 
 def test_no_cache_changes_a_bit(sparse_bundle, monkeypatch):
@@ -191,3 +193,18 @@ def test_a_plan_without_a_run_knows_of_the_neurons(sparse_bundle, monkeypatch):
     sparse, planned, dense, planned_dense = seen
     assert sparse == planned and dense == planned_dense
     assert sparse.neurons > 0 == dense.neurons
+
+
+def test_profile_measures_the_drive_in_what_a_prompt_would_take(sparse_bundle, monkeypatch):
+    """It needs memory of its own, which the slots behind a prompt would leave no room for."""
+    slots_of(monkeypatch, 3 * 40 * 512, late=3 * 60 * 512)
+    seen = []
+    with fc.load(sparse_bundle, context=32, stream="always") as engine:
+        rate = DriveRate(4096, 1, 1e9, "direct")
+        monkeypatch.setattr(
+            "flashinfer_cli.apps.profile.measure",
+            lambda *a, **k: seen.append([layer.slot.max() for layer in engine.neurons.layers.values()]) or rate,
+        )
+        profile(engine, PROMPT, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+        assert [len(layer.memory[0]) for layer in engine.neurons.layers.values()] == [40, 40, 40]
+    assert max(seen[0]) < 40
