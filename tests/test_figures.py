@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import flashinfer_cli as fc
+from benchmarks.experts import held_out
 from flashinfer_cli import zoo
 from flashinfer_cli.apps.calibrate import calibrate
 from flashinfer_cli.config import RunConfig
@@ -99,3 +101,9 @@ def test_windows_by_hand(tmp_path: Path) -> None:
         sum(int(each.sum()) for each in sets) for sets in zip(*((f, f & n) for _, f, n in found), strict=True)
     )
     assert 0.03 < active / (40 * 5 * 704) < 0.15 and hits > 0.9 * active
+
+
+def test_stories_that_come_along_are_all_held_out() -> None:
+    """`benchmarks.papers experts` without arguments: none of them is one to learn from."""
+    engine = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda story: [len(story)] * 11))
+    assert sum(len(ids) - 1 for ids in held_out(engine, [zoo.HELD_OUT], 200)) == 200
