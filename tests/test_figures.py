@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import flashinfer_cli as fc
-from benchmarks.experts import held_out
 from flashinfer_cli import zoo
 from flashinfer_cli.apps.calibrate import calibrate
 from flashinfer_cli.config import RunConfig
@@ -105,5 +104,7 @@ def test_windows_by_hand(tmp_path: Path) -> None:
 
 def test_stories_that_come_along_are_all_held_out() -> None:
     """`benchmarks.papers experts` without arguments: none of them is one to learn from."""
+    from benchmarks.experts import held_out
+
     engine = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda story: [len(story)] * 11))
     assert sum(len(ids) - 1 for ids in held_out(engine, [zoo.HELD_OUT], 200)) == 200
