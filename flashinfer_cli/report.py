@@ -189,7 +189,8 @@ def expert_rows(recorder: Recorder) -> tuple[dict[str, Any], ...]:
 def expert_cache(cache: Any, run: RunConfig) -> dict[str, Any]:
     """The settings of an expert cache (`cache.experts`) as they came to be, and those of the run that touch it."""
     return {
-        "policy": cache.policy.name, "slots": cache.policy.capacity, "experts": cache.policy.total,
+        "policy": cache.policy.name, "follows": cache.policy.follows,
+        "slots": cache.policy.capacity, "experts": cache.policy.total,
         "transit": cache.slots - cache.policy.capacity, "slot_bytes": cache.slot_bytes,
         "prefetch": cache.guessing.verdict(), "lookahead": cache.lookahead, "cache_bias": run.cache_bias,
         "cache_gap": run.cache_gap, "degrade": run.degrade,

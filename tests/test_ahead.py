@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from test_experts_lossless import logits_of, slots
 
@@ -18,6 +19,7 @@ from flashinfer_cli.apps.replay import as_it_ran, replay
 from flashinfer_cli.cache.trace import read_trace
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BundleError, UsageError
+from flashinfer_cli.layers.moe import MoeFfn
 from flashinfer_cli.models.ahead import AHEAD_FILE, read_ahead
 
 
@@ -87,7 +89,7 @@ def test_foresight_changes_no_text_and_replays_as_it_ran(
             seen.append(logits_of(engine, 40))
         trace = read_trace(tmp_path / policy)
         assert as_it_ran(trace).counts == engine.experts.policy.counts
-        assert trace.about["policy"] == engine.report().expert_cache["policy"] == policy.replace("auto", "foresight")
+        assert trace.about["policy"] == engine.report().expert_cache["policy"] == policy.replace("auto", "adaptive")
     assert torch.equal(*seen)
     points = [replay(tmp_path / policy, shares=(0.25,))["points"] for policy in ("auto", "lfu")]
     assert points[0] == points[1] and "foresight" in points[0][0]["policies"]
@@ -110,13 +112,35 @@ def test_foresight_hits_more_often_than_what_looks_back(
     assert found["foresight"] > max(ratio for name, ratio in found.items() if name != "foresight")
 
 
-def test_foresight_needs_calibration(learned: tuple[Path, Ahead], tmp_path: Path) -> None:
-    plain = shutil.copytree(learned[0], tmp_path / "plain")
-    (plain / AHEAD_FILE).unlink()
-    with pytest.raises(UsageError, match="foresight"):
-        fc.load(plain, expert_policy="foresight")
-    with fc.load(plain) as engine:
-        assert engine.report().expert_cache["policy"] == "lfu"
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_foresight_goes_by_what_was_learned_or_by_the_router(
+    learned: tuple[Path, Ahead], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool
+) -> None:
+    bundle = shutil.copytree(learned[0], tmp_path / "bundle")
+    if not calibrated:
+        (bundle / AHEAD_FILE).unlink()
+    slots(monkeypatch, 16, 3)
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with fc.load(bundle, context=80, expert_policy="foresight") as engine:
+        layers = {block.ffn.layer: block.ffn for block in engine.decoder.blocks}
+        foresee, expect = MoeFfn._foresee, engine.experts.expect
+
+        def keep(ffn: MoeFfn, x: torch.Tensor, logits: torch.Tensor) -> None:
+            seen[ffn.layer] = (x, logits)
+            foresee(ffn, x, logits)
+
+        def check(layer: int, worth: torch.Tensor) -> None:
+            x, logits = seen[layer]
+            weights = layers[layer].worth
+            assert (weights is not None) == calibrated
+            assert torch.equal(worth, logits.softmax(-1) if weights is None else F.linear(x, *weights))
+            expect(layer, worth)
+
+        monkeypatch.setattr(MoeFfn, "_foresee", keep)
+        monkeypatch.setattr(engine.experts, "expect", check)
+        logits_of(engine, 12)
+        policy = engine.experts.policy
+    assert sorted(seen) == [0, 1, 2, 3] and policy._worth.max() > 1000
 
 
 def test_a_file_of_another_bundle_is_refused(learned: tuple[Path, Ahead], tmp_path: Path) -> None:

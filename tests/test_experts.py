@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from flashinfer_cli.cache.expert_policies import expert_policy
 from flashinfer_cli.cache.experts import ExpertCache
 from flashinfer_cli.cache.guesses import ROUND, ROUNDS, SOON, WARM, WITHOUT, Guessing
-from flashinfer_cli.cache.policy import expert_policy
 from flashinfer_cli.checkpoint.base import Extent
 from flashinfer_cli.config import EXPERT_POLICIES
 from flashinfer_cli.device import Device

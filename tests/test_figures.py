@@ -102,9 +102,12 @@ def test_windows_by_hand(tmp_path: Path) -> None:
     assert 0.03 < active / (40 * 5 * 704) < 0.15 and hits > 0.9 * active
 
 
-def test_stories_that_come_along_are_all_held_out() -> None:
-    """`benchmarks.papers experts` without arguments: none of them is one to learn from."""
-    from benchmarks.experts import held_out
+def test_packaged_stories_are_learned_from_or_held_out() -> None:
+    """`benchmarks.papers experts` without arguments teaches a bundle on some of them, and feeds it the others."""
+    from benchmarks.experts import held_out, parted
 
-    engine = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda story: [len(story)] * 11))
-    assert sum(len(ids) - 1 for ids in held_out(engine, [zoo.HELD_OUT], 200)) == 200
+    learned, held = parted([zoo.HELD_OUT])
+    assert not {*learned} & {*held} and min(len(learned), len(held)) > 80
+    engine = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda story: [held.index(story)] * 11))
+    fed = list(held_out(engine, [zoo.HELD_OUT], 200))
+    assert sum(len(ids) - 1 for ids in fed) == 200 and len({ids[0] for ids in fed}) == 20

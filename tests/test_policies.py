@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashinfer_cli.cache.policy import Belady, LeastStale, Lfu, Lru, Pinned, Policy, expert_policy, last_uses
+from flashinfer_cli.cache.expert_policies import expert_policy
+from flashinfer_cli.cache.policy import Belady, LeastStale, Lfu, Lru, Pinned, Policy, last_uses
 from flashinfer_cli.config import EXPERT_POLICIES
 from flashinfer_cli.errors import UsageError
 
@@ -109,6 +110,46 @@ def test_foresight_keeps_what_is_worth_most() -> None:
     assert ask(policy, 0, 3) == ([3], [])  # what has just come is worth least itself
     assert policy.held(0).tolist() == [True, False, True, False]
     assert ask(policy, 0, 1) == ([1], [(0, 0)])  # among equals the longest unused
+
+
+def follow(name: str, uses: list[int], worths: list[list[int]] | None = None) -> Policy:
+    """A policy of a layer of 12 ids, 3 of which stay, after these uses."""
+    policy = expert_policy(name, {0: 12}, 3)
+    for token, used in enumerate(uses):
+        if worths is not None:
+            policy.expect(0, np.array(worths[token]))
+        ask(policy, 0, used)
+    return policy
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_adaptive_hits_as_often_as_the_better_of_two(lasting: bool) -> None:
+    """Where uses last for a while and the router says so, and where a few ids are used often and it says nothing."""
+    rng = np.random.default_rng(5)
+    if lasting:
+        uses = [int(i) for i in rng.integers(0, 12, 100) for _ in range(8)]
+        worths = [[9 * (i == uses[min(t + 1, 799)]) for i in range(12)] for t in range(800)]
+    else:
+        odds = np.array([8, 8, 8] + [1] * 9) / 33
+        uses = rng.choice(12, 800, p=odds).tolist()
+        worths = rng.integers(0, 9, (800, 12)).tolist()
+    found = {name: follow(name, uses, worths).hits() for name in ("lfu", "foresight", "adaptive")}
+    better, worse = ("foresight", "lfu") if lasting else ("lfu", "foresight")
+    assert found[better] > 1.05 * found[worse] and found["adaptive"] > 0.98 * found[better]
+    assert follow("adaptive", uses, worths).follows == better
+    assert follow("lfu", uses).follows == "lfu"
+
+
+def test_adaptive_takes_the_other_lead() -> None:
+    """Uses change their nature halfway."""
+    rng = np.random.default_rng(6)
+    lasting = [int(i) for i in rng.integers(0, 12, 50) for _ in range(8)]
+    said = [[9 * (i == used) for i in range(12)] for used in [*lasting[1:], 0]]
+    often = rng.choice(12, 400, p=np.array([8, 8, 8] + [1] * 9) / 33).tolist()
+    noise = rng.integers(0, 9, (400, 12)).tolist()
+    assert [follow("adaptive", u, w).follows for u, w in ((lasting, said), (lasting + often, said + noise))] == [
+        "foresight", "lfu",
+    ]  # fmt: skip
 
 
 def test_prefill_counts_apart() -> None:

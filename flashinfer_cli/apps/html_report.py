@@ -217,8 +217,9 @@ def _experts(report: Report) -> str:
         )  # fmt: skip
     header = ("layer", "asked for", "hits", "recall", "read ahead", "right", "wasted", "in use", "most used")
     legend = (("compute", "in the cache"), ("io", "read ahead of need"), ("wait", "read when asked for"))
+    policy = " as ".join(dict.fromkeys((cache["policy"], cache["follows"])))
     note = (
-        f"{phase}: {cache['slots']:,} of {cache['experts']:,} experts stay, by policy {cache['policy']}. "
+        f"{phase}: {cache['slots']:,} of {cache['experts']:,} experts stay, by policy {policy}. "
         f"Reading ahead is {cache['prefetch']['verdict']}."
     )
     chart = columns(bars, label=f"Experts asked for by layer in {phase}", unit=page.count)

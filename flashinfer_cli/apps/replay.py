@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cache.policy import Belady, Lru, Policy, expert_policy
+from ..cache.expert_policies import expert_policy
+from ..cache.policy import Belady, Lru, Policy
 from ..cache.trace import Demand, Trace, read_trace
 from ..cache.window import ByLayer, deal, policies_by_layer
 from ..config import EXPERT_POLICIES, NEURON_POLICIES, PLAIN_POLICIES, RunConfig
@@ -81,10 +82,10 @@ def replay(
     if not any(each.phase == phase for each in trace.demands):
         raise UsageError(f"'{file}' holds no demand.", "Record a longer run.")
     foreseen = any(each.worth is not None for each in trace.demands)
-    if "foresight" in policies and not foreseen:
+    if not foreseen and {*policies} & ({*EXPERT_POLICIES} - {*PLAIN_POLICIES}):
         raise UsageError(
             f"'{file}' says nothing of what experts were thought to be worth.",
-            "Calibrate the bundle, and record again.",
+            "Record again: genai-run profile --trace FILE.",
         )
     known = EXPERT_POLICIES if foreseen else PLAIN_POLICIES
     policies = policies or (NEURON_POLICIES if trace.kind == "neurons" else known)

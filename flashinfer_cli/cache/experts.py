@@ -24,11 +24,12 @@ from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
 from ..store.spans import Span, span_of
 from .arrivals import Arrivals, Pieces
+from .expert_policies import Adaptive, Foresight
 from .guesses import Guessing
-from .policy import Foresight, Key, Policy
+from .policy import Key, Policy
 from .trace import TraceWriter
 
-WORTH_STEPS = 256  # of one expected use
+WORTH_STEPS = 1 << 16  # of one expected use: among many experts a router gives each little
 
 
 @dataclass
@@ -87,7 +88,10 @@ class ExpertCache:
     @property
     def foresees(self) -> bool:
         """Whether anybody cares what experts are thought to be worth."""
-        return self.trace is not None or isinstance(self.policy, Foresight)
+        policy = self.policy
+        return self.trace is not None or (
+            isinstance(policy, Foresight | Adaptive) and 0 < policy.capacity < policy.total
+        )
 
     def expect(self, layer: int, worth: torch.Tensor) -> None:
         """Ahead of a demand: what each expert of the layer is thought to be worth from it on, [E]."""

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import EXPERT_POLICIES
-from ..errors import UsageError
-
 Key = tuple[int, int]  # layer, id
 HALF_LIFE = 64  # tokens after which a use counts half, for `lfu`
 PINNED_SHARE = 0.5  # of the room, for the first layers, with `pinned`
@@ -69,6 +66,11 @@ class Policy:
         self._held = np.zeros(self.total, bool)
         self._turn = np.zeros(len(self.layers), np.int64)  # tokens that each layer has seen
         self._size = 0
+
+    @property
+    def follows(self) -> str:
+        """The name of the policy whose rank decides at present: its own, for most."""
+        return self.name
 
     def _shares(self) -> dict[int, int]:
         """Each layer's part of the room; what does not divide goes to the first layers."""
@@ -191,27 +193,14 @@ class Pinned(Lru):
         return parts
 
 
-class Foresight(Lru):
-    """What is least likely to be asked for soon goes first, as a map that calibration learned says of a token's hidden
-    state; the longest unused among equals. By layer: worths of different layers are not of the same moment."""
-
-    def __init__(self, records: Mapping[int, int], capacity: int) -> None:
-        super().__init__(records, capacity, per_layer=True)
-        self._worth = np.zeros(self.total, np.int64)
-
-    def expect(self, layer: int, worth: np.ndarray) -> None:
-        self._worth[self._base[layer] : self._base[layer] + self.records[layer]] = worth
-
-    def _rank(self, keys: np.ndarray, place: int) -> np.ndarray:
-        return (self._worth[keys] << 40) + self._last[keys]
-
-
 class Lfu(Policy):
     """Least frequently used goes first, a use counting half after HALF_LIFE tokens; among equals the one whose layer is
     furthest ahead."""
 
-    def __init__(self, records: Mapping[int, int], capacity: int, *, half_life: float = HALF_LIFE) -> None:
-        super().__init__(records, capacity)
+    def __init__(
+        self, records: Mapping[int, int], capacity: int, *, half_life: float = HALF_LIFE, per_layer: bool = False
+    ) -> None:
+        super().__init__(records, capacity, per_layer=per_layer)
         self.half_life = half_life
         self._uses = np.zeros(self.total)
         self._last = np.zeros(self.total, np.int64)
@@ -282,18 +271,3 @@ class Belady(Policy):
 
     def _rank(self, keys: np.ndarray, place: int) -> np.ndarray:
         return -self._next[keys]
-
-
-def expert_policy(name: str, records: Mapping[int, int], capacity: int) -> Policy:
-    """One of EXPERT_POLICIES by its name, or "none", which keeps nothing; UsageError for any other."""
-    kinds: dict[str, type[Lru] | type[Pinned] | type[Foresight] | type[Lfu] | type[LeastStale]] = {
-        "lru": Lru, "lfu": Lfu, "stale": LeastStale, "pinned": Pinned, "foresight": Foresight,
-    }  # fmt: skip
-    if name in ("none", "lru-layer"):
-        policy: Policy = Lru(records, 0 if name == "none" else capacity, per_layer=name == "lru-layer")
-    elif name in kinds:
-        policy = kinds[name](records, capacity)
-    else:
-        raise UsageError(f"'{name}' is not a policy for experts.", f"Policies are {', '.join(EXPERT_POLICIES)}.")
-    policy.name = name
-    return policy

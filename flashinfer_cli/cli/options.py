@@ -127,11 +127,12 @@ class RunOptions:
         ),
     ] = RunConfig.prefetch_neurons
     expert_policy: Annotated[
-        Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"],
+        Literal["auto", "adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"],
         _memory(
             "--expert-policy",
-            "Which experts stay: those foreseen to be used (calibrated bundles), the most used of late, the least "
-            "stale, the latest used (of all, or of each layer), those of the first layers, or none.",
+            "Which experts stay: those foreseen to be used, the most used of late (lfu), those by whichever of these "
+            "two finds more (adaptive, which auto is), the least stale, the latest used (of all, or of each layer), "
+            "those of the first layers, or none.",
         ),
     ] = RunConfig.expert_policy
     prefetch_experts: Annotated[

@@ -199,8 +199,9 @@ def _experts(report: Mapping[str, Any]) -> list[Table]:
     whole["recall"] = {1: sum(recalls) / len(recalls)} if recalls else {}
     rows.append(("all", *_expert_cells(whole), "", ""))
     cache = report["expert_cache"]
+    policy = " as ".join(dict.fromkeys((cache["policy"], cache["follows"])))
     notes = [
-        f"{cache['slots']:,} of {cache['experts']:,} experts stay, by policy {cache['policy']}; "
+        f"{cache['slots']:,} of {cache['experts']:,} experts stay, by policy {policy}; "
         f"{cache['transit']} slots for those on their way; {format_size(cache['slot_bytes'])} each.",
         f"Reading ahead is {_verdict(cache['prefetch'])}.",
     ]

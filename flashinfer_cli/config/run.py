@@ -9,8 +9,8 @@ from ..errors import UsageError
 from .sizes import MiB
 
 NEURON_POLICIES = ("recent", "window", "frequent")
-PLAIN_POLICIES = ("lfu", "stale", "lru", "lru-layer", "pinned")  # those that no calibration need precede
-EXPERT_POLICIES = (*PLAIN_POLICIES, "foresight")
+PLAIN_POLICIES = ("lfu", "stale", "lru", "lru-layer", "pinned")  # those that go by demands alone
+EXPERT_POLICIES = (*PLAIN_POLICIES, "foresight", "adaptive")
 DEFAULT_CONTEXT = 4096
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet
 MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
@@ -41,8 +41,10 @@ class RunConfig:
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["recent", "window", "frequent"] = "recent"
     prefetch_neurons: bool = True  # read the surest of what a layer's predictor says of its input before attention
-    # Which experts stay; auto: foresight where a bundle is calibrated for it, else lfu.
-    expert_policy: Literal["auto", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = "auto"
+    # Which experts stay; auto: adaptive, the better of foresight and lfu so far.
+    expert_policy: Literal["auto", "adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = (
+        "auto"
+    )
     prefetch_experts: str | int = "auto"  # guesses a layer read ahead of need: auto, off, or how many
     lookahead: int | None = None  # layers ahead to guess the experts of; None: 2 where many fit in, else 1
     cache_bias: float = 0.0  # how far routing prefers experts that are here; lossy above 0

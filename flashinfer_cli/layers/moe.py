@@ -111,7 +111,7 @@ class MoeFfn:
     bias: CacheBias | CacheGap | None = None
     degrade: float = 0.0  # of a token's weights: what has less is served from its small copy where it is not here
     group_router: torch.Tensor | None = None  # float32 [G, d], of two levels of gating
-    worth: tuple[torch.Tensor, torch.Tensor] | None = None  # [E, d] and [E]: hidden state -> expected uses to come
+    worth: tuple[torch.Tensor, torch.Tensor] | None = None  # [E, d] and [E]: hidden state -> uses to come, as learned
     stage: Stage | None = None  # where one token's experts are computed together; None: expert by expert, or as tensors
 
     def __call__(self, x: torch.Tensor, rt: Runtime) -> torch.Tensor:
@@ -130,9 +130,9 @@ class MoeFfn:
             small = self._light(asked, weights.cpu().numpy())
             asked = np.where(np.isin(asked, small), -1, asked)
             chosen = torch.where(torch.isin(chosen, chosen.new_tensor(small)), chosen + self.moe.num_experts, chosen)
-        if self.worth is not None and self.cache.foresees:
+        if self.cache.foresees:
             with rt.recorder.computing():
-                self.cache.expect(self.layer, F.linear(x[-1], *self.worth))
+                self._foresee(x[-1], logits[-1])
         arriving = self.cache.fetch(self.layer, asked, small)
         if self.cache.distances:
             with rt.recorder.computing():
@@ -153,6 +153,14 @@ class MoeFfn:
             sums = [(rows * factors).sum(1) for rows, factors in parts]
             out = sums[0] if len(sums) == 1 else torch.cat(sums)
         return out if extra is None else out.add_(extra)
+
+    def _foresee(self, x: torch.Tensor, logits: torch.Tensor) -> None:
+        """Tell the cache what each expert is worth to tokens behind one of x [d], for which the router says logits [E]:
+        as calibration learned, else as if the next token were like this one."""
+        if self.worth is not None:
+            self.cache.expect(self.layer, F.linear(x, *self.worth))
+        elif not self.moe.gate_groups:
+            self.cache.expect(self.layer, logits.softmax(-1)[: self.moe.num_experts])
 
     def _empty(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Room for what the experts chosen [T, k] make of x, [T, k, d]; zeros where some may compute nothing."""

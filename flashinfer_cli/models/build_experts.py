@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from ..cache.expert_policies import expert_policy
 from ..cache.experts import ExpertCache
-from ..cache.policy import Policy, expert_policy
+from ..cache.policy import Policy
 from ..config import ModelConfig, MoeConfig, RunConfig
 from ..errors import UsageError
 from ..layers.expert import ExpertLayout, together
@@ -67,16 +68,15 @@ class ExpertBuilder:
             self.cache.fill()
 
     def _policy(self, records: Mapping[int, int], room: int) -> Policy:
-        """Foresight needs maps that calibration learned for every layer; "auto" takes it where they are."""
+        """Raises UsageError for foresight where neither calibration nor a single router says what experts are worth."""
         name = self.run.expert_policy
         missing = [layer for layer in records if (layer, layer) not in self.probes]
-        if name == "foresight" and missing:
+        if name == "foresight" and missing and self.moe.gate_groups:
             raise UsageError(
-                "--expert-policy foresight goes by what calibration learned, and there is nothing for layer "
-                f"{missing[0]}.",
-                "Calibrate the bundle: genai-run calibrate BUNDLE; or leave the option out.",
+                "--expert-policy foresight needs one router over all experts; this model's gate chooses groups first.",
+                "Leave the option out.",
             )
-        return expert_policy(("lfu" if missing else "foresight") if name == "auto" else name, records, room)
+        return expert_policy("adaptive" if name == "auto" else name, records, room)
 
     def _bias(self) -> CacheBias | CacheGap | None:
         run, moe = self.run, self.moe

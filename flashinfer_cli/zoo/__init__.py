@@ -15,7 +15,7 @@ from ..errors import CheckpointNotFoundError, nearest
 
 PREFIX = "zoo:"
 DEFAULT = "stories-relu"  # what runs when no model is named
-HOME = Path(__file__).parent
+HOME = Path(__file__).resolve().parent
 HELD_OUT = HOME / "held_out_stories.txt"  # stories that none of the models has seen, to calibrate and evaluate on
 
 
