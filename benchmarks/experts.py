@@ -1,7 +1,7 @@
 """Figures of 2312.17238 on our models: what routing gives a cache to find, what guesses find, and what each part earns.
 
     python -m benchmarks.experts routing MODEL TEXT... [--tokens N] [--out FOLDER]
-    python -m benchmarks.experts bias MODEL TEXT... [--rule gap] [--memory SIZE | --slots N] [--tokens N]
+    python -m benchmarks.experts bias MODEL TEXT... [--rule gap] [--policy NAME] [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts degrade BUNDLE TEXT... [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts ahead BUNDLE TEXT... [--tokens N]
     python -m benchmarks.experts ablation MODEL [--caps 0.5 0.25] [--tokens N]
@@ -126,6 +126,7 @@ def bias(given: argparse.Namespace) -> None:
     strengths = given.strengths or ([0.1, 0.2, 0.4, 0.8, 1.6] if given.rule == "bias" else [0.1, 0.2, 0.3])
     for strength, keep in ((0.0, 1), *((s, k) for k in given.keep for s in strengths)):
         options = {f"cache_{given.rule}": strength, "keep_top": keep, "prefetch_experts": "off"}
+        options["expert_policy"] = given.policy
         with with_slots(given.slots), fc.load(given.model, context=WINDOW, memory=given.memory, **options) as engine:
             perplexity = float(torch.tensor(feed(engine, given.texts, given.tokens)).exp())
             policy = engine.experts.policy
@@ -199,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("--rule", choices=["bias", "gap"], default="bias", help="--cache-bias or --cache-gap")
             command.add_argument("--strengths", nargs="*", type=float)
             command.add_argument("--keep", nargs="*", type=int, default=[1, 2])
+            command.add_argument("--policy", default="auto", help="--expert-policy")
         if call is routing:
             command.add_argument("--out", type=Path, default=Path("experts"))
     if not (sys.argv[1:] if arguments is None else arguments):

@@ -76,7 +76,9 @@ class ExpertBuilder:
                 "--expert-policy foresight needs one router over all experts; this model's gate chooses groups first.",
                 "Leave the option out.",
             )
-        return expert_policy("adaptive" if name == "auto" else name, records, room)
+        if name == "auto":  # demands that lean on what is here would say that it was well chosen
+            name = "adaptive" if self.bias is None else "foresight"
+        return expert_policy(name, records, room)
 
     def _bias(self) -> CacheBias | CacheGap | None:
         run, moe = self.run, self.moe
