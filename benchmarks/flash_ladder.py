@@ -13,6 +13,7 @@ of the model in every row but the first, which keeps nothing:
     + bundling    the parts of a neuron stand together: one read instead of two or three
     + order       neurons that fire together stand together (not in the paper; Ripple, 2410.19274)
     + recent      slots keep what was demanded last, however long ago, instead of a window; not in the paper
+    + foresight   slots keep what the predictor came nearest to naming instead; not in the paper
     + ahead       the next layer's neurons are read on a guess; not in the paper
 
 The parts and the reordered bundle are written beside BUNDLE and removed, or stay in --kept for the next call; --prepare
@@ -69,6 +70,7 @@ class Row:
 LATE = ("prefetch_neurons", False)
 WINDOW = (("neuron_policy", "window"), LATE)
 RECENT = (("neuron_policy", "recent"), LATE)
+NEAREST = ("neuron_policy", "foresight")
 ROWS = (
     Row("naive", "nothing", options=(("exact", True),)),
     Row("hybrid", "share", options=(("exact", True),)),
@@ -77,7 +79,8 @@ ROWS = (
     Row("+ bundling", "slots", options=WINDOW),
     Row("+ order", "slots", ordered=True, options=WINDOW),
     Row("+ recent", "slots", ordered=True, options=RECENT),
-    Row("+ ahead", "slots", ordered=True, options=(RECENT[0], ("prefetch_neurons", True))),
+    Row("+ foresight", "slots", ordered=True, options=(NEAREST, LATE)),
+    Row("+ ahead", "slots", ordered=True, options=(NEAREST, ("prefetch_neurons", True))),
 )
 
 

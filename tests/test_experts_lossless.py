@@ -12,7 +12,7 @@ from tiny_models import Tiny, make, tiny_config_dicts
 
 import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
-from flashinfer_cli.config import PLAIN_POLICIES, RunConfig
+from flashinfer_cli.config import EXPERT_POLICIES, RunConfig
 from flashinfer_cli.engine import Engine
 from flashinfer_cli.models.open import open_model
 
@@ -96,7 +96,7 @@ def bundled(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 @pytest.mark.parametrize(
     ("policy", "prefetch"),
-    [*((policy, 3) for policy in (*PLAIN_POLICIES, "none")), ("lfu", "off"), ("lfu", "auto"), ("none", "auto"),
+    [*((policy, 3) for policy in (*EXPERT_POLICIES, "none")), ("lfu", "off"), ("lfu", "auto"), ("none", "auto"),
      ("pinned", "off")],
 )  # fmt: skip
 def test_policies_sizes_and_guesses_combined(

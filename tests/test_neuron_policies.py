@@ -11,7 +11,7 @@ from flashinfer_cli.apps.recording import recording
 from flashinfer_cli.apps.replay import as_it_ran, replay
 from flashinfer_cli.bundles.sparsity import LayerSparsity
 from flashinfer_cli.cache.trace import read_trace
-from flashinfer_cli.cache.window import Window, deal, make_policy
+from flashinfer_cli.cache.window import Window, deal, make_policy, worth_of
 from flashinfer_cli.config import NEURON_POLICIES
 
 
@@ -33,6 +33,24 @@ def test_a_short_memory_shrinks_the_window():
     assert sorted(gone.tolist()) == [0, 1] and policy.held.sum() == 3
 
 
+def test_what_is_nearest_to_being_named_stays():
+    policy = make_policy("foresight", 6, 3, 1)
+    policy.demand(np.array([0, 1, 2]))
+    policy.expect(worth_of(np.array([-0.5, -3.0, -0.2, 4.0, -9.0, -0.1], np.float32)))
+    missing, gone = policy.demand(np.array([3]))
+    assert (missing.tolist(), gone.tolist()) == ([3], [1])  # furthest from being named of those that are here
+    policy.demand(np.array([0, 3]))
+    policy.expect(np.full(6, -1))
+    _, gone = policy.demand(np.array([5]))
+    assert gone.tolist() == [2]  # among equals the longest unused
+    assert policy.resize(1).tolist() == [0, 3] and policy.held.tolist() == [False] * 5 + [True]
+
+
+def test_worths_are_whole_numbers_in_the_order_of_scores():
+    scores = np.array([-1e9, -7.9, -0.01, 0.0, 0.124, 0.125, 1e9, np.inf], np.float32)
+    assert worth_of(scores).tolist() == [-63, -63, -1, 0, 0, 1, 63, 63]
+
+
 @pytest.mark.parametrize("name", NEURON_POLICIES)
 @pytest.mark.parametrize("capacity", [0, 1, 7, 20, 64])
 def test_policies_keep_their_promises(name, capacity):
@@ -43,6 +61,7 @@ def test_policies_keep_their_promises(name, capacity):
     asked = 0
     for _ in range(200):
         ids = np.flatnonzero(random.random(64) < 0.15)
+        policy.expect(random.integers(-9, 9, 64))
         missing, gone = policy.demand(ids)
         asked += len(ids)
         assert set(missing.tolist()) == set(ids.tolist()) - held
@@ -100,3 +119,25 @@ def test_replay_counts_what_the_run_counted(sparse_bundle, tmp_path, monkeypatch
         assert mine["hit_ratio"] == hits / computed
         assert all(each["hit_ratio"] <= part["belady"]["hit_ratio"] for each in part["policies"].values())
         assert mine["bytes_per_token"] == misses * 512 / len(STEPS) and whole["bytes"] == 3 * 160 * 512
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "reference"])
+def test_the_cache_hears_the_scores_of_all_neurons(sparse_bundle, tmp_path, monkeypatch, kernels):
+    """Those that the predictor named are the ones above zero, whoever computed it, at decoding and of a prompt."""
+    slots_of(monkeypatch, 3 * 40 * 512)
+    with (
+        fc.load(sparse_bundle, context=32, stream="always", kernels=kernels) as engine,
+        recording(engine, tmp_path / "t"),
+    ):
+        session = engine.session()
+        session.prefill(PROMPT)
+        for token in STEPS:
+            session.step(token)
+        assert engine.run.neuron_policy == "foresight" and engine.neurons.layers[0].policy.foresees
+    demands = read_trace(tmp_path / "t").demands
+    assert {each.phase for each in demands} == {"prefill", "decode"}
+    for each in demands:
+        named = np.zeros(160, bool)
+        named[each.chosen[each.chosen >= 0]] = True
+        assert each.worth is not None and len({*each.worth.tolist()}) > 10
+        assert (each.worth[named] >= 0).all() and (each.worth[~named] <= 0).all()

@@ -18,7 +18,7 @@ from flashinfer_cli.apps.replay import as_it_ran, recall, replay
 from flashinfer_cli.apps.replay_page import render
 from flashinfer_cli.cache.trace import TraceWriter, open_trace, read_trace
 from flashinfer_cli.cli.main import run as genai_run
-from flashinfer_cli.config import PLAIN_POLICIES, SamplingParams
+from flashinfer_cli.config import EXPERT_POLICIES, SamplingParams
 from flashinfer_cli.errors import UsageError
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
@@ -47,7 +47,7 @@ def record(
     return engine
 
 
-@pytest.mark.parametrize("policy", PLAIN_POLICIES)
+@pytest.mark.parametrize("policy", EXPERT_POLICIES)
 @pytest.mark.parametrize("stay", [0, 3, 7, None])
 def test_replay_counts_what_the_run_counted(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, stay: int | None

@@ -44,7 +44,10 @@ def test_settled_as_by_numpy(numba: NumbaKernels, policy: str, early: int, late:
         ids = np.flatnonzero(random.random(COUNT) < likely)
         absent = np.flatnonzero((random.random(COUNT) < 0.1) & (layers[0].slot < 0))
         guessed = absent if turn % 3 else absent[:0]
-        plain, compiled = (s.settle(layer, ids, guessed, rows) for s, layer in zip(settlers, layers, strict=True))
+        scores = np.where(np.isin(np.arange(COUNT), ids), 1, -1) * random.integers(0, 20, COUNT) / np.float32(8)
+        scores = None if turn % 7 == 6 else scores.astype(np.float32)
+        asked = ids, guessed, rows, scores
+        plain, compiled = (s.settle(layer, *asked) for s, layer in zip(settlers, layers, strict=True))
         assert (plain.missed, plain.right) == (compiled.missed, compiled.right)
         assert np.array_equal(plain.states, compiled.states) and np.array_equal(plain.read_ids, compiled.read_ids)
         for one, other in (("addresses", plain.addresses), ("read_at", plain.read_at)):

@@ -30,6 +30,9 @@ class Demands:
         self.counts = counts
         self.tokens: dict[int, list[np.ndarray]] = {layer: [] for layer in counts}
 
+    def expect(self, layer: int, worth: np.ndarray) -> None:
+        """What policies go by is not kept."""
+
     def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
         if phase == "decode":
             demanded = np.zeros(self.counts[layer], bool)

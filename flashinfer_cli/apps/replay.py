@@ -16,7 +16,7 @@ from ..cache.expert_policies import expert_policy
 from ..cache.policy import Belady, Lru, Policy
 from ..cache.trace import Demand, Trace, read_trace
 from ..cache.window import ByLayer, deal, policies_by_layer
-from ..config import EXPERT_POLICIES, NEURON_POLICIES, PLAIN_POLICIES, RunConfig
+from ..config import EXPERT_POLICIES, FORESEEING, NEURON_POLICIES, RunConfig
 from ..errors import UsageError
 
 FINE = 16  # at most so many records a layer: every number of them; above, the shares below
@@ -45,7 +45,7 @@ def run_policy(policy: P, demands: Sequence[Demand], *, filled: bool = False) ->
         for layer, count in policy.records.items():
             policy.demand(layer, np.arange(count)[None], "load")
     for each in demands:
-        if each.worth is not None and isinstance(policy, Policy):
+        if each.worth is not None:
             policy.expect(each.layer, each.worth)
         policy.demand(each.layer, each.chosen, each.phase)
     return policy
@@ -82,13 +82,13 @@ def replay(
     if not any(each.phase == phase for each in trace.demands):
         raise UsageError(f"'{file}' holds no demand.", "Record a longer run.")
     foreseen = any(each.worth is not None for each in trace.demands)
-    if not foreseen and {*policies} & ({*EXPERT_POLICIES} - {*PLAIN_POLICIES}):
+    if not foreseen and {*policies} & FORESEEING:
         raise UsageError(
-            f"'{file}' says nothing of what experts were thought to be worth.",
+            f"'{file}' says nothing of what {trace.kind} were thought to be worth.",
             "Record again: genai-run profile --trace FILE.",
         )
-    known = EXPERT_POLICIES if foreseen else PLAIN_POLICIES
-    policies = policies or (NEURON_POLICIES if trace.kind == "neurons" else known)
+    known = NEURON_POLICIES if trace.kind == "neurons" else EXPERT_POLICIES
+    policies = policies or [name for name in known if foreseen or name not in FORESEEING]
     total = sum(trace.records.values())
     sizes = [max(1, round(total * share)) for share in shares] or _sizes(trace)
     points = []

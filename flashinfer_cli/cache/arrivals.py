@@ -35,6 +35,11 @@ class Arrivals:
         self.pending: deque[tuple[int, int, Ticket]] = deque()
         self._issue()
 
+    @property
+    def busy(self) -> bool:
+        """Is there something to compute and something to read."""
+        return bool(self.present) and bool(self.pending or self.missing)
+
     def _issue(self) -> None:
         while self.missing:
             nothing_comes = not self.pending and not self.present

@@ -97,7 +97,7 @@ class ExpertCache:
         """Ahead of a demand: what each expert of the layer is thought to be worth from it on, [E]."""
         whole = np.rint(worth.cpu().numpy() * WORTH_STEPS).astype(np.int64)  # whole numbers, as a trace keeps them
         if self.trace is not None:
-            self.trace.expect(layer, whole.tolist())
+            self.trace.expect(layer, whole)
         self.policy.expect(layer, whole)
 
     def fetch(self, layer: int, chosen: np.ndarray, small: Sequence[int] = ()) -> Arrivals:

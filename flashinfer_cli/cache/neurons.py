@@ -24,7 +24,7 @@ from ..store.flash import FlashStore, Ticket
 from .pinned import Block, Tracing
 from .settling import ARRIVING, CompiledSettler, PlainSettler, Settled, Settler
 from .slots import NeuronFile, Slots, shares
-from .window import NeuronPolicy
+from .window import NeuronPolicy, worth_of
 
 NOTHING = np.empty(0, np.int64)
 LEAST_MISSED = 48  # of a layer's neurons: to wait for fewer takes less time than to guess them
@@ -120,8 +120,9 @@ class NeuronCache:
         """Begin to read records `ids`, ascending, to `addresses`, which stand in rows of `memory`."""
         return self.store.read_records(file.path, file.base, file.width, ids, addresses, memory, "neuron")
 
-    def fetch(self, index: int, ids: np.ndarray) -> Fetch:
-        """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order.
+    def fetch(self, index: int, ids: np.ndarray, scores: np.ndarray | None = None) -> Fetch:
+        """Start bringing neurons `ids` (ascending) of a layer in; the result hands them out in that order. `scores`,
+        float32 [count], say how nearly the others were asked for.
 
         One that is not iterated to its end, because of an error or because the user wants no more, is cleared away
         before anything else.
@@ -129,10 +130,12 @@ class NeuronCache:
         self._abandon()
         layer = self.layers[index]
         if self.trace is not None:
+            if scores is not None:
+                self.trace.expect(index, worth_of(scores))
             self.trace.demand("decode", index, ids[None])
         guess = self._take_guess(index)
         guessed, rows = (NOTHING, 0) if guess is None else (guess.ids, guess.rows.ctypes.data)
-        settled = self.settler.settle(layer, ids, guessed, rows)
+        settled = self.settler.settle(layer, ids, guessed, rows, scores)
         if guess is not None:
             self.recorder.neuron_guess(len(guess.ids), settled.right, layer.file.width)
         self._missed[index] = settled.missed
@@ -188,10 +191,16 @@ class NeuronCache:
         return None
 
     # ---- a prompt
-    def warm(self, index: int, tokens: Sequence[np.ndarray]) -> None:
-        """Tokens of a prompt needed these (ascending, a token each): make room for what will be worth having."""
+    def warm(self, index: int, tokens: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> None:
+        """Tokens of a prompt needed these (ascending, a token each, with scores as in `fetch`): make room for what will
+        be worth having."""
         layer = self.layers[index]
-        for ids in tokens:
+        for ids, scores in tokens:
+            if scores is not None:
+                worth = worth_of(scores)
+                layer.policy.expect(worth)
+                if self.trace is not None:
+                    self.trace.expect(index, worth)
             if self.trace is not None:
                 self.trace.demand("prefill", index, ids[None])
             layer.policy.demand(ids, counted=False)

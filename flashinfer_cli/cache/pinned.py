@@ -11,12 +11,17 @@ import torch
 from ..device import Device
 from ..kernels.listed import Listed
 from ..recorder import Recorder
+from .window import worth_of
 
 Block = tuple[np.ndarray, "Listed | torch.Tensor"]  # ids, and their records
 
 
 class Tracing(Protocol):
     """Who wants to know what is demanded, such as a TraceWriter."""
+
+    def expect(self, layer: int, worth: np.ndarray) -> None:
+        """Ahead of a demand: what each neuron of the layer is thought to be worth from it on, int [count]."""
+        ...
 
     def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
         """A token's demand of a layer: chosen int [1, k], ascending."""
@@ -41,8 +46,10 @@ class Pinned:
             self._places[index] = np.concatenate(addresses), width, memory
         return self._places[index]
 
-    def fetch(self, index: int, ids: np.ndarray) -> Iterator[Block]:
+    def fetch(self, index: int, ids: np.ndarray, scores: np.ndarray | None = None) -> Iterator[Block]:
         if self.trace is not None:
+            if scores is not None:
+                self.trace.expect(index, worth_of(scores))
             self.trace.demand("decode", index, ids[None])
         self.recorder.cache(len(ids), 0)
         return self.here(index, ids)

@@ -17,6 +17,7 @@ from ..kernels.jobs import STATE_ABSENT, STATE_GUESSED, STATE_NEW
 from ..kernels.listed import Listed
 from ..kernels.native import NumbaKernels
 from .slots import Slots
+from .window import worth_of
 
 ARRIVING = STATE_ABSENT | STATE_NEW | STATE_GUESSED  # guessed, and to be copied to a slot of its own
 
@@ -39,8 +40,11 @@ class Settler(Protocol):
 
     passing: list[np.ndarray]  # uint8 [block, width] each: where blocks that are not to stay are computed on, in turns
 
-    def settle(self, layer: Slots, ids: np.ndarray, guessed: np.ndarray, rows: int) -> Settled:
-        """ids int64, ascending; `guessed` such ids that stand, or will, one behind the other from address `rows` on."""
+    def settle(
+        self, layer: Slots, ids: np.ndarray, guessed: np.ndarray, rows: int, scores: np.ndarray | None = None
+    ) -> Settled:
+        """ids int64, ascending; `guessed` such ids that stand, or will, one behind the other from address `rows` on;
+        `scores` float32 of all neurons, for a policy that foresees."""
         ...
 
     def surest(self, layer: Slots, scores: np.ndarray, most: int) -> np.ndarray:
@@ -57,7 +61,11 @@ class PlainSettler:
         self.block = block
         self.passing = [allocate(block * width) for _ in range(NEURON_STAGES)]
 
-    def settle(self, layer: Slots, ids: np.ndarray, guessed: np.ndarray, rows: int) -> Settled:
+    def settle(
+        self, layer: Slots, ids: np.ndarray, guessed: np.ndarray, rows: int, scores: np.ndarray | None = None
+    ) -> Settled:
+        if scores is not None:
+            layer.policy.expect(worth_of(scores))
         missing, gone = layer.policy.demand(ids)
         layer.release(gone)
         absent = layer.slot[ids] < 0
@@ -120,7 +128,9 @@ class CompiledSettler:
             sheet[place // 8] = number
         return sheet
 
-    def settle(self, layer: Slots, ids: np.ndarray, guessed: np.ndarray, rows: int) -> Settled:
+    def settle(
+        self, layer: Slots, ids: np.ndarray, guessed: np.ndarray, rows: int, scores: np.ndarray | None = None
+    ) -> Settled:
         sheet = self._sheets.get(layer)
         if sheet is None:
             sheet = self._sheets[layer] = self._sheet(layer)
@@ -133,8 +143,9 @@ class CompiledSettler:
             policy.oldest(),
             *asked,
         )
+        sheet[jobs.S_SCORES // 8] = scores.ctypes.data if scores is not None and policy.foresees else 0
         self.kernels.settle(sheet.ctypes.data)
-        missed, reads, right = sheet[jobs.S_MISSES // 8 :].tolist()
+        missed, reads, right = sheet[jobs.S_MISSES // 8 : jobs.S_RIGHT // 8 + 1].tolist()
         policy.count(count, missed)
         addresses, states = self._addresses[:count], self._states[:count]
         return Settled(ids, addresses, states, self._read_ids[:reads], self._read_at[:reads], missed, right)

@@ -3,8 +3,8 @@
 The first line is the header: what the records are (`kind` "experts" or "neurons"), how many each layer has and of how
 many bytes, and under what the trace was made. Every further line is one demand, in the order they came up: the phase,
 the layer, a list of ids a token (best first), and where guesses were made the ids guessed for it, best first, by how
-many layers ahead; where calibration learned to foresee uses, what each id of the layer was thought to be worth from
-then on. A name that ends in .gz is compressed.
+many layers ahead; and what each id of the layer was thought to be worth from then on, where anything says so: a router,
+a predictor of neurons, or what calibration learned. A name that ends in .gz is compressed.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class TraceWriter:
         """The ids guessed for the next demand of a layer, best first, `ahead` layers before it."""
         self._guesses.setdefault(layer, {})[str(ahead)] = ids
 
-    def expect(self, layer: int, worth: list[int]) -> None:
-        """What each id is thought to be worth from the next demand of a layer on."""
-        self._worth[layer] = worth
+    def expect(self, layer: int, worth: np.ndarray) -> None:
+        """What each id is thought to be worth from the next demand of a layer on, int [records]."""
+        self._worth[layer] = worth.tolist()
 
     def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
         """A demand: chosen int [T, k], -1 for none."""

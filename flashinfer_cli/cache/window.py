@@ -13,8 +13,15 @@ import numpy as np
 
 from ..config import NEURON_POLICIES
 from ..errors import UsageError
+from ..kernels.jobs import MOST_WORTH, SCORE_STEPS, WORTH_BITS
 
 NEVER = np.iinfo(np.int64).min // 2
+
+
+def worth_of(scores: np.ndarray) -> np.ndarray:
+    """What neurons with these scores of a predictor, float32 [count], are worth to tokens to come: whole numbers, as
+    traces keep them. One that was nearly named is likely to be named next."""
+    return np.clip(np.floor(scores * np.float32(SCORE_STEPS)), -MOST_WORTH, MOST_WORTH).astype(np.int64)
 
 
 class NeuronPolicy(Protocol):
@@ -26,6 +33,11 @@ class NeuronPolicy(Protocol):
     held: np.ndarray  # bool [count]
     last: np.ndarray  # int64 [count]: the time when each was demanded last
     time: int  # tokens so far
+    foresees: bool  # is anybody to say what ids are worth
+
+    def expect(self, worth: np.ndarray) -> None:
+        """Ahead of a demand: what each id is thought to be worth from it on, int64 [count]; who cares listens."""
+        ...
 
     def turn(self, ids: np.ndarray) -> None:
         """The next token's time comes, and it demands `ids`."""
@@ -57,7 +69,10 @@ class NeuronPolicy(Protocol):
 
 
 class _Ranked:
-    """What the policies share: those of lowest rank go first, none that this very token demands."""
+    """What the policies share: those of lowest rank go first, none that this very token demands; of what it demands,
+    where not all can stay, the first."""
+
+    foresees = False
 
     def __init__(self, count: int, capacity: int) -> None:
         self.capacity = min(capacity, count)
@@ -69,8 +84,18 @@ class _Ranked:
     def ranks(self) -> np.ndarray:
         raise NotImplementedError
 
+    def ranks_of(self, ids: np.ndarray) -> np.ndarray:
+        return self.ranks()[ids]
+
+    def first(self, missing: np.ndarray) -> np.ndarray:
+        """What came in (ascending), in the order in which it is to have room."""
+        return missing
+
     def oldest(self) -> int:
         return NEVER
+
+    def expect(self, worth: np.ndarray) -> None:
+        """Only `Foresight` asks."""
 
     def turn(self, ids: np.ndarray) -> None:
         self.time += 1
@@ -93,12 +118,12 @@ class _Ranked:
             candidates = candidates[self.last[candidates] < self.time]
             count = min(len(missing) - free, len(candidates))
             if count:
-                order = np.argsort(self.ranks()[candidates], kind="stable")
+                order = np.argsort(self.ranks_of(candidates), kind="stable")
                 victims = candidates[order[:count]]
                 self.held[victims] = False
                 gone = np.concatenate([gone, victims])
                 free += count
-        self.held[missing[:free]] = True
+        self.held[self.first(missing)[:free]] = True
         return missing, gone
 
     def resize(self, capacity: int) -> np.ndarray:
@@ -130,6 +155,31 @@ class Recent(_Ranked):
         return self.last
 
 
+class Foresight(Recent):
+    """What the token was furthest from asking for goes first, by the scores of the layer's predictor, and of what it
+    asked for the surest stay where not all can; among equals, and where nothing is said of scores, as `Recent`."""
+
+    foresees = True
+
+    def __init__(self, count: int, capacity: int) -> None:
+        super().__init__(count, capacity)
+        self._worth = np.zeros(count, np.int64)
+
+    def expect(self, worth: np.ndarray) -> None:
+        self._worth[:] = worth
+
+    def demand(self, ids: np.ndarray, counted: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        found = super().demand(ids, counted)
+        self._worth[:] = 0  # it was of this token
+        return found
+
+    def ranks_of(self, ids: np.ndarray) -> np.ndarray:
+        return (self._worth[ids] << WORTH_BITS) + self.last[ids]
+
+    def first(self, missing: np.ndarray) -> np.ndarray:
+        return missing[np.argsort(-self._worth[missing], kind="stable")]
+
+
 class Frequent(_Ranked):
     """Least often demanded goes first, each count fading by `decay` a token, so that old habits are forgotten."""
 
@@ -155,7 +205,7 @@ def make_policy(name: str, count: int, capacity: int, window: int) -> NeuronPoli
     """A policy by name; `window` is the tokens a Window spans."""
     if name == "window":
         return Window(count, capacity, window)
-    return Recent(count, capacity) if name == "recent" else Frequent(count, capacity)
+    return {"recent": Recent, "foresight": Foresight, "frequent": Frequent}[name](count, capacity)
 
 
 def deal(room: int, counts: Mapping[int, int], widths: Mapping[int, int], wants: Mapping[int, float]) -> dict[int, int]:
@@ -191,6 +241,9 @@ class ByLayer:
         self.room = {layer: policy.capacity for layer, policy in policies.items()}
         self.prompt_room = prompt_room or self.room
         self.records = {layer: len(policy.held) for layer, policy in policies.items()}
+
+    def expect(self, layer: int, worth: np.ndarray) -> None:
+        self.policies[layer].expect(worth)
 
     def demand(self, layer: int, chosen: np.ndarray, phase: str = "decode") -> None:
         """The tokens of a pass ask a layer for ids: int [T, k] ascending, -1 for none."""

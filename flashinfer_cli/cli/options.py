@@ -114,8 +114,12 @@ class RunOptions:
         bool, _memory("--exact", "Compute every neuron, also where calibration says which few matter.")
     ] = RunConfig.exact
     neuron_policy: Annotated[
-        Literal["recent", "window", "frequent"],
-        _memory("--neuron-policy", "Which neurons of a calibrated bundle stay."),
+        Literal["foresight", "recent", "window", "frequent"],
+        _memory(
+            "--neuron-policy",
+            "Which neurons of a calibrated bundle stay: those that its predictors come nearest to naming, those named "
+            "last, all that the last tokens named (--window), or those named most often.",
+        ),
     ] = RunConfig.neuron_policy
     window: Annotated[int, _memory("--window TOKENS", "Tokens that the policy window spans.", min=1)] = RunConfig.window
     prefetch_neurons: Annotated[

@@ -6,12 +6,12 @@ from .run import (
     DEFAULT_CONTEXT,
     EXPERT_POLICIES,
     FEW_TOKENS,
+    FORESEEING,
     MEASURED_MODEL,
     NEURON_BLOCK,
     NEURON_GUESSES,
     NEURON_POLICIES,
     NEURON_STAGES,
-    PLAIN_POLICIES,
     SLICE_BYTES,
     SMALL_MODEL,
     RunConfig,
@@ -20,8 +20,8 @@ from .sampling import DEFAULT_MAX_TOKENS, SamplingParams
 from .sizes import GiB, KiB, MiB, format_size, parse_size
 
 __all__ = [
-    "DEFAULT_CONTEXT", "DEFAULT_MAX_TOKENS", "EXPERT_POLICIES", "FEW_TOKENS", "MEASURED_MODEL", "NEURON_BLOCK",
-    "NEURON_GUESSES", "NEURON_POLICIES", "NEURON_STAGES", "PLAIN_POLICIES", "SLICE_BYTES", "SMALL_MODEL",
+    "DEFAULT_CONTEXT", "DEFAULT_MAX_TOKENS", "EXPERT_POLICIES", "FEW_TOKENS", "FORESEEING", "MEASURED_MODEL",
+    "NEURON_BLOCK", "NEURON_GUESSES", "NEURON_POLICIES", "NEURON_STAGES", "SLICE_BYTES", "SMALL_MODEL",
     "DepthConfig", "GiB", "KiB", "MiB", "MlaConfig", "ModelConfig", "MoeConfig", "RopeConfig", "RunConfig",
     "SamplingParams", "WeightMap", "WeightRef", "format_size", "parse_size",
 ]  # fmt: skip

@@ -8,9 +8,9 @@ from typing import Literal
 from ..errors import UsageError
 from .sizes import MiB
 
-NEURON_POLICIES = ("recent", "window", "frequent")
-PLAIN_POLICIES = ("lfu", "stale", "lru", "lru-layer", "pinned")  # those that go by demands alone
-EXPERT_POLICIES = (*PLAIN_POLICIES, "foresight", "adaptive")
+NEURON_POLICIES = ("foresight", "recent", "window", "frequent")
+EXPERT_POLICIES = ("adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned")
+FORESEEING = frozenset(("adaptive", "foresight"))  # those that go by more than demands
 DEFAULT_CONTEXT = 4096
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet
 MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
@@ -39,7 +39,7 @@ class RunConfig:
     draft_tree: int = 0  # places at the front of a run for which the draft's second guess is checked too
     exact: bool = False  # compute every neuron, also where predictors would say which few
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
-    neuron_policy: Literal["recent", "window", "frequent"] = "recent"
+    neuron_policy: Literal["foresight", "recent", "window", "frequent"] = "foresight"
     prefetch_neurons: bool = True  # read the surest of what a layer's predictor says of its input before attention
     # Which experts stay; auto: adaptive, the better of foresight and lfu so far; foresight with stand-ins.
     expert_policy: Literal["auto", "adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = (

@@ -6,11 +6,13 @@ model of thirty layers pays before every read; `cache.settling` and `store.scatt
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from numba import float32
 
 from .jobs import (
+    MOST_WORTH,
     S_ADDRESSES,
     S_ASKED,
     S_BLOCK,
@@ -35,15 +37,18 @@ from .jobs import (
     S_READ_IDS,
     S_READS,
     S_RIGHT,
+    S_SCORES,
     S_SLOT,
     S_STAGES,
     S_STATES,
     S_TIME,
     S_WIDTH,
     S_WORK,
+    SCORE_STEPS,
     STATE_ABSENT,
     STATE_GUESSED,
     STATE_NEW,
+    WORTH_BITS,
 )
 from .memory import load_byte, load_float, load_int, store_byte, store_float, store_int
 from .products import compiled
@@ -77,6 +82,13 @@ def kth(words: Any, n: Any, k: Any) -> Any:
 
 
 @compiled
+def _worth(scores: Any, id: Any) -> Any:
+    """`cache.window.worth_of` one neuron."""
+    most = float32(MOST_WORTH)
+    return math.floor(min(max(load_float(scores + 4 * id) * float32(SCORE_STEPS), -most), most))
+
+
+@compiled
 def _let_go(id: Any, sheet: Any) -> None:
     """The neuron is not held any more, and its slot, if it has one, is free."""
     store_byte(load_int(sheet + S_HELD) + id, 0)
@@ -90,10 +102,34 @@ def _let_go(id: Any, sheet: Any) -> None:
 
 
 @compiled
+def _admit_surest(sheet: Any, free: Any) -> None:
+    """Of what is asked for and not held, hold so many: those of most worth, of equals the first."""
+    held, scores, work = load_int(sheet + S_HELD), load_int(sheet + S_SCORES), load_int(sheet + S_WORK)
+    ids, asked = load_int(sheet + S_IDS), load_int(sheet + S_ASKED)
+    found = 0
+    for i in range(asked):
+        id = load_int(ids + 8 * i)
+        if not load_byte(held + id):
+            store_int(work + 8 * found, _worth(scores, id))
+            found += 1
+    limit, ties = kth(work, found, found - free), free
+    for i in range(found):
+        ties -= load_int(work + 8 * i) > limit
+    for i in range(asked):
+        id = load_int(ids + 8 * i)
+        if not load_byte(held + id):
+            worth = _worth(scores, id)
+            if worth > limit or (worth == limit and ties > 0):
+                ties -= worth == limit
+                store_byte(held + id, 1)
+
+
+@compiled
 def _make_room(sheet: Any) -> None:
     """`NeuronPolicy.demand`, and the slots of those that go."""
     count, time, oldest = load_int(sheet + S_COUNT), load_int(sheet + S_TIME), load_int(sheet + S_OLDEST)
     held, last, ranks = load_int(sheet + S_HELD), load_int(sheet + S_LAST), load_int(sheet + S_RANKS)
+    scores = load_int(sheet + S_SCORES)
     ids, asked = load_int(sheet + S_IDS), load_int(sheet + S_ASKED)
     work = load_int(sheet + S_WORK)
     missing = 0
@@ -113,7 +149,10 @@ def _make_room(sheet: Any) -> None:
                 holding += 1
                 if used < time:
                     store_int(work + 8 * candidates, id)
-                    store_int(work + 8 * (count + candidates), load_int(ranks + 8 * id))
+                    rank = load_int(ranks + 8 * id)
+                    if scores != 0:
+                        rank += _worth(scores, id) << WORTH_BITS
+                    store_int(work + 8 * (count + candidates), rank)
                     candidates += 1
         id += 1
     free = load_int(sheet + S_CAPACITY) - holding
@@ -134,6 +173,9 @@ def _make_room(sheet: Any) -> None:
                 ties -= 1
                 _let_go(load_int(work + 8 * i), sheet)
         free += going
+    if scores != 0 and 0 < free < missing:
+        _admit_surest(sheet, free)
+        return
     i = 0
     while i < asked and free > 0:
         id = load_int(ids + 8 * i)

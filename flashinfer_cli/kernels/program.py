@@ -210,7 +210,7 @@ class Program:
         self._add(words, 0, x, more, ones)
 
     def above_zero(self, scores: torch.Tensor, bias: torch.Tensor, ids: np.ndarray, found: np.ndarray) -> None:
-        """Where scores + bias are above zero, ascending, to ids, int64 [n + 1]; how many, to found[0]."""
+        """Scores += bias; where they are above zero, ascending, to ids, int64 [n + 1]; how many, to found[0]."""
         n = scores.numel()
         assert scores.is_contiguous() and bias.numel() == n and len(ids) > n and ids.dtype == found.dtype == np.int64
         words = [

@@ -134,10 +134,13 @@ def attend_heads(
 
 @compiled
 def above_zero(n: Any, scores: Any, bias: Any, ids: Any) -> Any:
-    """The places of n scores that are above zero with their bias, ascending, to ids, int64 [n + 1]; their number."""
+    """Adds its bias to each of n scores; the places of those above zero, ascending, to ids, int64 [n + 1]; their
+    number."""
     found = 0
     for i in range(n):
+        score = load_float(scores + 4 * i) + load_float(bias + 4 * i)
+        store_float(scores + 4 * i, score)
         store_int(ids + 8 * found, i)
-        if load_float(scores + 4 * i) + load_float(bias + 4 * i) > float32(0.0):
+        if score > float32(0.0):
             found += 1
     return found

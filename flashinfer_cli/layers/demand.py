@@ -15,11 +15,19 @@ from ..kernels.activations import ACTIVATIONS
 from ..kernels.reference import ReferenceKernels
 
 
-class Demand(Protocol):
-    """Input of an FFN -> the neurons to compute, ascending."""
+class Named(NamedTuple):
+    """The neurons to compute, int64, ascending; and where there are scores, those of all neurons, float32 [d_ff], of
+    which the ones above zero are named."""
 
-    def __call__(self, x: torch.Tensor) -> np.ndarray:
-        """x float32 [1, d], normed as the FFN sees it -> int64 ids."""
+    ids: np.ndarray
+    scores: np.ndarray | None
+
+
+class Demand(Protocol):
+    """Input of an FFN -> the neurons to compute."""
+
+    def __call__(self, x: torch.Tensor) -> Named:
+        """x float32 [1, d], normed as the FFN sees it."""
         ...
 
 
@@ -58,8 +66,9 @@ class LowRankPredictor:
         self.kernels.linear(low, self.b.rows, self.b.format, out, 0)
         return out.add_(self.bias)
 
-    def __call__(self, x: torch.Tensor) -> np.ndarray:
-        return (self.scores(x)[0] > 0).nonzero()[:, 0].cpu().numpy()
+    def __call__(self, x: torch.Tensor) -> Named:
+        scores = self.scores(x)[0]
+        return Named((scores > 0).nonzero()[:, 0].cpu().numpy(), scores.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,6 @@ class Oracle:
     bias: torch.Tensor | None
     act: str
 
-    def __call__(self, x: torch.Tensor) -> np.ndarray:
+    def __call__(self, x: torch.Tensor) -> Named:
         fired = ACTIVATIONS[self.act](F.linear(x, self.gate, self.bias))[0] != 0
-        return fired.nonzero()[:, 0].cpu().numpy()
+        return Named(fired.nonzero()[:, 0].cpu().numpy(), None)

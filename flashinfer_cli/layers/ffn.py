@@ -13,7 +13,7 @@ from ..cache.neurons import NeuronCache
 from ..cache.pinned import Pinned
 from ..config import FEW_TOKENS
 from ..kernels.activations import ACTIVATIONS
-from .demand import Demand, LowRankPredictor
+from .demand import Demand, LowRankPredictor, Named
 from .linear import Linear, RowSlice, Runtime
 
 WARM_TOKENS = 32  # of a prompt, the last: what they would have asked for is in the slots when it ends
@@ -108,8 +108,8 @@ class SparseFfn:
         for row in range(len(x)):
             one = x[row : row + 1]
             with rt.recorder.computing():
-                ids = self.demand(one)
-            self._add(one, ids, out[row : row + 1], rt)
+                named = self.demand(one)
+            self._add(one, named, out[row : row + 1], rt)
         return out if dense.down_bias is None else out.add_(dense.down_bias)
 
     @property
@@ -140,22 +140,22 @@ class SparseFfn:
         assert isinstance(self.cache, NeuronCache)
         self.cache.guess_ids(self.layer, ids)
 
-    def of_named(self, x: torch.Tensor, ids: np.ndarray, rt: Runtime) -> torch.Tensor:
-        """While decoding, x [1, d] through neurons `ids`, which `demand` names for it -> [1, d]."""
+    def of_named(self, x: torch.Tensor, named: Named, rt: Runtime) -> torch.Tensor:
+        """While decoding, x [1, d] through the neurons that `demand` names for it -> [1, d]."""
         if isinstance(self.cache, NeuronCache) and self.cache.have(True):
             rt.feed.rest()
         out = torch.zeros_like(x)
-        self._add(x, ids, out, rt)
+        self._add(x, named, out, rt)
         return out if self.dense.down_bias is None else out.add_(self.dense.down_bias)
 
-    def _add(self, one: torch.Tensor, ids: np.ndarray, into: torch.Tensor, rt: Runtime) -> None:
-        """into += what neurons `ids` contribute to one token."""
+    def _add(self, one: torch.Tensor, named: Named, into: torch.Tensor, rt: Runtime) -> None:
+        """into += what the neurons named contribute to one token."""
         dense = self.dense
         if rt.mode.here:
-            arriving = self.cache.here(self.layer, ids)
+            arriving = self.cache.here(self.layer, named.ids)
         else:
-            rt.recorder.neurons(self.layer, len(ids), self.count)
-            arriving = iter(self.cache.fetch(self.layer, ids))
+            rt.recorder.neurons(self.layer, len(named.ids), self.count)
+            arriving = iter(self.cache.fetch(self.layer, *named))
         for block, records in arriving:
             with rt.recorder.computing():
                 bias: tuple[torch.Tensor | None, torch.Tensor | None] | None = None

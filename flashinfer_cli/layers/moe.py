@@ -134,12 +134,14 @@ class MoeFfn:
             with rt.recorder.computing():
                 self._foresee(x[-1], logits[-1])
         arriving = self.cache.fetch(self.layer, asked, small)
-        if self.cache.distances:
-            with rt.recorder.computing():
-                guess_ahead(self.ahead, x, self.moe, self.cache)
+        staged = len(x) == 1 and self.stage is not None and not small
+        later = staged and arriving.busy  # what is here is computed first, while the drive has enough to do
+        if not later:
+            self._guess(x, rt)
         extra = self._shared(x, rt)  # while experts are on their way
-        if len(x) == 1 and self.stage is not None and not small:
-            by_rank = self._staged(self.stage, x, arriving, asked[0].tolist(), rt)
+        if staged:
+            assert self.stage is not None
+            by_rank = self._staged(self.stage, x, arriving, asked[0].tolist(), rt, later)
         elif len(x) == 1:
             by_rank = self._one(x, arriving, chosen[0].tolist(), rt)
         else:
@@ -167,9 +169,17 @@ class MoeFfn:
         make = x.new_zeros if self.moe.num_noop_experts else x.new_empty
         return make(*chosen.shape, x.shape[-1])
 
-    def _staged(self, stage: Stage, x: torch.Tensor, arriving: Arrivals, asked: list[int], rt: Runtime) -> torch.Tensor:
+    def _guess(self, x: torch.Tensor, rt: Runtime) -> None:
+        if self.cache.distances:
+            with rt.recorder.computing():
+                guess_ahead(self.ahead, x, self.moe, self.cache)
+
+    def _staged(
+        self, stage: Stage, x: torch.Tensor, arriving: Arrivals, asked: list[int], rt: Runtime, guess: bool
+    ) -> torch.Tensor:
         """What the experts of one token make, [1, k, d], zeros for -1: those that are in memory are computed together,
-        then together what has come meanwhile. It stands where the next layer's will."""
+        then together what has come meanwhile, with the `guess` of layers ahead between. It stands where the next
+        layer's will."""
         ranks = {expert: rank for rank, expert in enumerate(asked)}
         order: list[int] = []
         address, width, places = self.cache.address, self.cache.slot_bytes, self._places
@@ -186,6 +196,9 @@ class MoeFfn:
                     downs.append(start + down)
                 stage.compute(len(order), gates, ups, downs)
                 order += [ranks[expert] for expert, _ in found]
+            if guess:
+                self._guess(x, rt)
+                guess = False
         made, k = stage.out, len(asked)
         if order == list(range(k)):
             return made[None, :k]

@@ -18,7 +18,7 @@ from ..cache.kv import KVCache
 from ..kernels.native import NumbaKernels
 from ..kernels.program import Program
 from .attention import Attention
-from .demand import LowRankPredictor
+from .demand import LowRankPredictor, Named
 from .linear import Linear, Runtime
 from .norm import Norm
 from .rope import Rope
@@ -136,7 +136,7 @@ class OneToken:
             assert self.predictor is not None
             with rt.recorder.computing():
                 rt.kernels.run(self._guess)  # type: ignore[attr-defined]
-            self.expect.expect_named(self.named)
+            self.expect.expect_named(self._ids)
         for step in self._steps:
             if isinstance(step, Program):
                 with rt.recorder.computing():
@@ -146,8 +146,12 @@ class OneToken:
         return row, self.bench.row("h", x.shape[1])
 
     @property
-    def named(self) -> np.ndarray:
-        """The neurons that the predictor named last, ascending."""
+    def named(self) -> Named:
+        """What the predictor said last; its scores until it is asked again."""
+        return Named(self._ids, self._scores[0].numpy())
+
+    @property
+    def _ids(self) -> np.ndarray:
         assert self.predictor is not None
         return self.bench.ids(len(self.predictor.bias))[: self.bench.found[0]].copy()
 
