@@ -16,7 +16,7 @@ from flashinfer_cli import zoo
 from flashinfer_cli.apps import calibrate as app
 from flashinfer_cli.apps import gated
 from flashinfer_cli.apps import ways as tried
-from flashinfer_cli.apps.predictors import balanced, cheapest, judged
+from flashinfer_cli.apps.predictors import balanced, cheapest, judged, packed, unpacked
 from flashinfer_cli.bundles.sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
@@ -211,3 +211,11 @@ def test_strength_dealt_to_both_matrices_survives_four_bits() -> None:
     assert even.nbytes < whole.nbytes / 3
     dear, cheap = (cheapest(a, b, torch.zeros(256), x, fired, 0.95, size) for size in (64, 1 << 20))
     assert dear.nbytes < cheap.nbytes and dear.predicted >= cheap.predicted  # memory is worth more small records
+
+
+@pytest.mark.parametrize("count", [8, 13, 64])
+def test_what_fired_takes_a_bit_a_neuron(count: int) -> None:
+    fired = torch.rand(50, count, generator=torch.Generator().manual_seed(count)) < 0.3
+    bits = packed(fired)
+    assert bits.dtype == torch.uint8 and bits.shape == (50, -(-count // 8))
+    assert torch.equal(unpacked(bits, count), fired) and torch.equal(unpacked(bits[7:20], count), fired[7:20])

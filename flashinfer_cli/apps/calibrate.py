@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -38,7 +39,7 @@ from ..models.open import OpenModel, open_model
 from ..models.predictors import named, read
 from .layerwise import layer_by_layer
 from .partial import Partial, forget
-from .predictors import BATCH, cheapest, fit, judged, new_in_window
+from .predictors import BATCH, cheapest, fit, judged, new_in_window, packed, unpacked
 from .quality import SEQUENCE, Demands, Progress, quality
 
 TOKENS = 10_000
@@ -130,7 +131,7 @@ def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
     held = int(HELD_SHARE * tokens)
     states = 4 * 2 * tokens * d  # hidden states, and the inputs of one FFN
     layer = 2 * (3 if config.gated else 2) * d * ff + 16 * d * d
-    learning = 4 * d * ff + tokens * ff + 4 * 6 * d * d + 4 * max(d * ff, 5 * BATCH * ff + 2 * held * ff)
+    learning = 4 * d * ff + tokens * ff // 8 + 4 * 6 * d * d + 4 * max(d * ff, 5 * BATCH * ff + 2 * held * ff)
     least = device.resident_bytes() + states + max(layer, learning) + 96 * MiB
     budget = device.budget_bytes(run.memory)
     if budget < least:
@@ -246,14 +247,14 @@ def _fit(
 ) -> tuple[LayerSparsity, dict[str, torch.Tensor]]:
     """A layer's predictor, and what it does: learned, or with a threshold anew if it is `taken`; x [N, d] its input."""
     bias = None if bias is None else bias.clone()  # out of inference mode
-    fired = torch.empty(len(x), len(gate), dtype=torch.bool)
-    for rows, into in zip(x.split(BATCH), fired.split(BATCH), strict=True):
-        into.copy_(ACTIVATIONS[act](rows @ gate.T if bias is None else rows @ gate.T + bias) != 0)
+    fired = torch.cat(
+        [packed(ACTIVATIONS[act](F.linear(rows, gate, bias)) != 0) for rows in x.split(BATCH)]
+    )  # a bit a neuron
     if f"layers.{layer}.a" in taken:  # of before 4 bits
         a, b, offset = (taken[f"layers.{layer}.{part}"].float() for part in ("a", "b", "bias"))
-        fitted = cheapest(a, b, offset, x, fired, recall, record_bytes)
+        fitted = cheapest(a, b, offset, x, unpacked(fired, len(gate)), recall, record_bytes)
     elif taken:
-        fitted = judged(*read(taken, layer), x, fired, recall)
+        fitted = judged(*read(taken, layer), x, unpacked(fired, len(gate)), recall)
     else:
         fitted = fit(x, fired, gate, bias, recall, max(2, int(HELD_SHARE * len(x))), record_bytes)
     found = LayerSparsity(

@@ -126,17 +126,28 @@ def cheapest(
     return min(found, key=lambda fitted: fitted.cost(record_bytes))
 
 
+def packed(fired: torch.Tensor) -> torch.Tensor:
+    """bool [n, d_ff] -> uint8 [n, d_ff / 8], a bit a neuron: what fires for thousands of tokens takes as much memory as
+    a layer."""
+    return torch.from_numpy(np.packbits(fired.numpy(), axis=1))
+
+
+def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """`packed` undone; `count` is d_ff."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=count)).bool()
+
+
 def train(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, fired: torch.Tensor, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A, B and bias bent from the value of the pre-activations to their sign, on x float32 [n, d], fired bool
-    [n, d_ff]."""
+    """A, B and bias bent from the value of the pre-activations to their sign, on x float32 [n, d], fired `packed`."""
     generator = torch.Generator().manual_seed(seed)
     scale = (F.linear(F.linear(x[:1024], a), b, bias)).std() / 2
     parameters = [a.clone(), b / scale, bias / scale]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    share = fired.float().mean().clamp(1e-4, 0.5)
+    firing = sum(float(unpacked(part, len(b)).float().mean(1).sum()) for part in fired.split(BATCH))
+    share = torch.tensor(firing / len(x)).clamp(1e-4, 0.5)
     weight = (1 - share) / share  # a silent neuron is the rule: what fires counts as much in sum
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     steps, count = EPOCHS * -(-len(x) // BATCH), 0
@@ -145,7 +156,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * (1 - count / steps)
             logits = F.linear(F.linear(x[rows], parameters[0]), parameters[1], parameters[2])
-            loss = F.binary_cross_entropy_with_logits(logits, fired[rows].float(), pos_weight=weight)
+            loss = F.binary_cross_entropy_with_logits(logits, unpacked(fired[rows], len(b)).float(), pos_weight=weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -157,7 +168,7 @@ def fit(
     x: torch.Tensor, fired: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor | None, recall: float,
     held: int, record_bytes: int, seed: int = 0,
 ) -> Fitted:  # fmt: skip
-    """x float32 [N, d], fired bool [N, d_ff], gate [d_ff, d]; the last `held` tokens choose and judge, others teach.
+    """x float32 [N, d], fired `packed`, gate [d_ff, d]; the last `held` tokens choose and judge, others teach.
 
     Of the RANKS, in 8 and 4 bits, the one for which reads and memory together cost least (`Fitted.cost`). Where that
     still names more than GOOD_ENOUGH times what fires, it is trained as well, and the better of the two is taken.
@@ -166,16 +177,17 @@ def fit(
     usable = [rank for rank in RANKS if rank * 2 <= min(gate.shape)] or [RANKS[0]]
     start = Whitened(x[learn], gate, usable[-1])
     bias = torch.zeros(len(gate)) if gate_bias is None else gate_bias
+    active = unpacked(fired[rest], len(gate))
     best: Fitted | None = None
     for rank in usable:
-        found = cheapest(*start.of_rank(rank), bias, x[rest], fired[rest], recall, record_bytes)
+        found = cheapest(*start.of_rank(rank), bias, x[rest], active, recall, record_bytes)
         if best is not None and found.cost(record_bytes) >= best.cost(record_bytes):
             break
         best = found
     assert best is not None
     if best.predicted > GOOD_ENOUGH * best.density:
         trained = train(*start.of_rank(best.rank), bias, x[learn], fired[learn], seed)
-        bent = cheapest(*trained, x[rest], fired[rest], recall, record_bytes)
+        bent = cheapest(*trained, x[rest], active, recall, record_bytes)
         if bent.cost(record_bytes) < best.cost(record_bytes) and bent.recall >= best.recall - RECALL_SLACK:
             return bent
     return best
