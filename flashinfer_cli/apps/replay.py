@@ -124,7 +124,10 @@ def _point(trace: Trace, phase: str, slots: int, policies: Sequence[str]) -> dic
     found = {name: _found(trace, phase, run_policy(_policy(trace, name, slots), trace.demands)) for name in policies}
     plain = [(each.layer, each.chosen) for each in trace.demands]
     bound = run_policy(Belady(trace.records, slots, plain), trace.demands)
-    apart = run_policy(Belady(trace.records, slots, plain, per_layer=True), trace.demands)
+    apart = Belady(trace.records, slots, plain, per_layer=True)
+    if trace.kind == "neurons":
+        apart.quota = _room(trace, slots)
+    run_policy(apart, trace.demands)
     never = run_policy(Lru(trace.records, total), trace.demands)
     best = max(found, key=lambda name: found[name].hit_ratio)
     chance, asked = slots / total, bound.hits(phase) + bound.misses(phase)
@@ -152,9 +155,13 @@ def _policy(trace: Trace, name: str, slots: int) -> AnyPolicy:
     """A policy by name, with room for `slots` of all records; that of neurons is dealt to the layers beforehand."""
     if trace.kind == "experts":
         return expert_policy(name, trace.records, slots)
+    return policies_by_layer(name, trace.records, _room(trace, slots), trace.about.get("window", RunConfig.window))
+
+
+def _room(trace: Trace, slots: int) -> dict[int, int]:
+    """Slots for neurons by layer, dealt by need."""
     wants = {int(layer): float(share) for layer, share in trace.about.get("wants", {}).items()}
-    room = deal(slots, trace.records, dict.fromkeys(trace.records, 1), wants)
-    return policies_by_layer(name, trace.records, room, trace.about.get("window", RunConfig.window))
+    return deal(slots, trace.records, dict.fromkeys(trace.records, 1), wants)
 
 
 def _found(trace: Trace, phase: str, policy: AnyPolicy) -> Found:

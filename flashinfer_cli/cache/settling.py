@@ -17,7 +17,7 @@ from ..kernels.jobs import STATE_ABSENT, STATE_GUESSED, STATE_NEW
 from ..kernels.listed import Listed
 from ..kernels.native import NumbaKernels
 from .slots import Slots
-from .window import worth_of
+from .window import Foresight, worth_of
 
 ARRIVING = STATE_ABSENT | STATE_NEW | STATE_GUESSED  # guessed, and to be copied to a slot of its own
 
@@ -120,6 +120,8 @@ class CompiledSettler:
             jobs.S_ADDRESSES: self._addresses, jobs.S_STATES: self._states,
             jobs.S_READ_IDS: self._read_ids, jobs.S_READ_AT: self._read_at,
         }  # fmt: skip
+        if isinstance(policy, Foresight):
+            arrays[jobs.S_USES] = policy.score
         numbers = {
             jobs.S_COUNT: layer.file.count, jobs.S_WIDTH: layer.file.width, jobs.S_BLOCK: self.block,
             jobs.S_STAGES: NEURON_STAGES, jobs.S_BLOCKS_READ: NEURON_STAGES,
@@ -143,7 +145,9 @@ class CompiledSettler:
             policy.oldest(),
             *asked,
         )
-        sheet[jobs.S_SCORES // 8] = scores.ctypes.data if scores is not None and policy.foresees else 0
+        if isinstance(policy, Foresight):
+            sheet[jobs.S_SCALE // 8 : jobs.S_SCALE // 8 + 1].view(np.float64)[0] = policy.scale
+            sheet[jobs.S_SCORES // 8] = 0 if scores is None else scores.ctypes.data
         self.kernels.settle(sheet.ctypes.data)
         missed, reads, right = sheet[jobs.S_MISSES // 8 : jobs.S_RIGHT // 8 + 1].tolist()
         policy.count(count, missed)

@@ -16,6 +16,8 @@ from ..errors import UsageError
 from ..kernels.jobs import MOST_WORTH, SCORE_STEPS, WORTH_BITS
 
 NEVER = np.iinfo(np.int64).min // 2
+USES_WORTH = 8  # to be named by every token is worth as much as a score of so much
+USES_HALF_LIFE = 32  # tokens, after which a use counts half
 
 
 def worth_of(scores: np.ndarray) -> np.ndarray:
@@ -33,7 +35,6 @@ class NeuronPolicy(Protocol):
     held: np.ndarray  # bool [count]
     last: np.ndarray  # int64 [count]: the time when each was demanded last
     time: int  # tokens so far
-    foresees: bool  # is anybody to say what ids are worth
 
     def expect(self, worth: np.ndarray) -> None:
         """Ahead of a demand: what each id is thought to be worth from it on, int64 [count]; who cares listens."""
@@ -71,8 +72,6 @@ class NeuronPolicy(Protocol):
 class _Ranked:
     """What the policies share: those of lowest rank go first, none that this very token demands; of what it demands,
     where not all can stay, the first."""
-
-    foresees = False
 
     def __init__(self, count: int, capacity: int) -> None:
         self.capacity = min(capacity, count)
@@ -129,7 +128,7 @@ class _Ranked:
     def resize(self, capacity: int) -> np.ndarray:
         self.capacity = min(capacity, len(self.held))
         held = np.flatnonzero(self.held)
-        gone = held[np.argsort(self.ranks()[held], kind="stable")[: max(0, len(held) - self.capacity)]]
+        gone = held[np.argsort(self.ranks_of(held), kind="stable")[: max(0, len(held) - self.capacity)]]
         self.held[gone] = False
         return gone
 
@@ -155,31 +154,6 @@ class Recent(_Ranked):
         return self.last
 
 
-class Foresight(Recent):
-    """What the token was furthest from asking for goes first, by the scores of the layer's predictor, and of what it
-    asked for the surest stay where not all can; among equals, and where nothing is said of scores, as `Recent`."""
-
-    foresees = True
-
-    def __init__(self, count: int, capacity: int) -> None:
-        super().__init__(count, capacity)
-        self._worth = np.zeros(count, np.int64)
-
-    def expect(self, worth: np.ndarray) -> None:
-        self._worth[:] = worth
-
-    def demand(self, ids: np.ndarray, counted: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        found = super().demand(ids, counted)
-        self._worth[:] = 0  # it was of this token
-        return found
-
-    def ranks_of(self, ids: np.ndarray) -> np.ndarray:
-        return (self._worth[ids] << WORTH_BITS) + self.last[ids]
-
-    def first(self, missing: np.ndarray) -> np.ndarray:
-        return missing[np.argsort(-self._worth[missing], kind="stable")]
-
-
 class Frequent(_Ranked):
     """Least often demanded goes first, each count fading by `decay` a token, so that old habits are forgotten."""
 
@@ -199,6 +173,47 @@ class Frequent(_Ranked):
 
     def ranks(self) -> np.ndarray:
         return self.score
+
+
+class Foresight(Frequent):
+    """What the token was furthest from asking for goes first, by the scores of the layer's predictor and by how often
+    each was named of late; and of what it asked for, where not all can stay, what would go last. Among equals the
+    longest unused goes first."""
+
+    def __init__(self, count: int, capacity: int) -> None:
+        super().__init__(count, capacity, decay=0.5 ** (1 / USES_HALF_LIFE))
+        self._worth = np.zeros(count, np.int64)
+
+    @property
+    def scale(self) -> float:
+        """What turns `score` into steps of worth."""
+        return SCORE_STEPS * USES_WORTH * (1 - self.decay) / self._weight
+
+    def expect(self, worth: np.ndarray) -> None:
+        self._worth[:] = worth
+
+    def demand(self, ids: np.ndarray, counted: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        found = super().demand(ids, counted)
+        self._worth[:] = 0  # it was of this token
+        return found
+
+    def resize(self, capacity: int) -> np.ndarray:
+        said, self._worth = self._worth, np.zeros_like(self._worth)  # by uses alone, whenever scores come
+        gone = super().resize(capacity)
+        self._worth = said
+        return gone
+
+    def ranks(self) -> np.ndarray:
+        return self.last
+
+    def _worths(self, ids: np.ndarray) -> np.ndarray:
+        return self._worth[ids] + np.floor(self.score[ids] * self.scale).astype(np.int64)
+
+    def ranks_of(self, ids: np.ndarray) -> np.ndarray:
+        return (self._worths(ids) << WORTH_BITS) + self.last[ids]
+
+    def first(self, missing: np.ndarray) -> np.ndarray:
+        return missing[np.argsort(-self._worths(missing), kind="stable")]
 
 
 def make_policy(name: str, count: int, capacity: int, window: int) -> NeuronPolicy:

@@ -37,11 +37,13 @@ from .jobs import (
     S_READ_IDS,
     S_READS,
     S_RIGHT,
+    S_SCALE,
     S_SCORES,
     S_SLOT,
     S_STAGES,
     S_STATES,
     S_TIME,
+    S_USES,
     S_WIDTH,
     S_WORK,
     SCORE_STEPS,
@@ -50,7 +52,7 @@ from .jobs import (
     STATE_NEW,
     WORTH_BITS,
 )
-from .memory import load_byte, load_float, load_int, store_byte, store_float, store_int
+from .memory import load_byte, load_double, load_float, load_int, store_byte, store_float, store_int
 from .products import compiled
 
 
@@ -82,10 +84,13 @@ def kth(words: Any, n: Any, k: Any) -> Any:
 
 
 @compiled
-def _worth(scores: Any, id: Any) -> Any:
-    """`cache.window.worth_of` one neuron."""
-    most = float32(MOST_WORTH)
-    return math.floor(min(max(load_float(scores + 4 * id) * float32(SCORE_STEPS), -most), most))
+def _worth(sheet: Any, id: Any) -> Any:
+    """`cache.window.Foresight._worths` of one neuron."""
+    uses, scores, most = load_int(sheet + S_USES), load_int(sheet + S_SCORES), float32(MOST_WORTH)
+    worth = math.floor(load_double(uses + 8 * id) * load_double(sheet + S_SCALE))
+    if scores != 0:
+        worth += math.floor(min(max(load_float(scores + 4 * id) * float32(SCORE_STEPS), -most), most))
+    return worth
 
 
 @compiled
@@ -104,13 +109,13 @@ def _let_go(id: Any, sheet: Any) -> None:
 @compiled
 def _admit_surest(sheet: Any, free: Any) -> None:
     """Of what is asked for and not held, hold so many: those of most worth, of equals the first."""
-    held, scores, work = load_int(sheet + S_HELD), load_int(sheet + S_SCORES), load_int(sheet + S_WORK)
+    held, work = load_int(sheet + S_HELD), load_int(sheet + S_WORK)
     ids, asked = load_int(sheet + S_IDS), load_int(sheet + S_ASKED)
     found = 0
     for i in range(asked):
         id = load_int(ids + 8 * i)
         if not load_byte(held + id):
-            store_int(work + 8 * found, _worth(scores, id))
+            store_int(work + 8 * found, _worth(sheet, id))
             found += 1
     limit, ties = kth(work, found, found - free), free
     for i in range(found):
@@ -118,7 +123,7 @@ def _admit_surest(sheet: Any, free: Any) -> None:
     for i in range(asked):
         id = load_int(ids + 8 * i)
         if not load_byte(held + id):
-            worth = _worth(scores, id)
+            worth = _worth(sheet, id)
             if worth > limit or (worth == limit and ties > 0):
                 ties -= worth == limit
                 store_byte(held + id, 1)
@@ -129,7 +134,7 @@ def _make_room(sheet: Any) -> None:
     """`NeuronPolicy.demand`, and the slots of those that go."""
     count, time, oldest = load_int(sheet + S_COUNT), load_int(sheet + S_TIME), load_int(sheet + S_OLDEST)
     held, last, ranks = load_int(sheet + S_HELD), load_int(sheet + S_LAST), load_int(sheet + S_RANKS)
-    scores = load_int(sheet + S_SCORES)
+    foresees = load_int(sheet + S_USES) != 0
     ids, asked = load_int(sheet + S_IDS), load_int(sheet + S_ASKED)
     work = load_int(sheet + S_WORK)
     missing = 0
@@ -150,8 +155,8 @@ def _make_room(sheet: Any) -> None:
                 if used < time:
                     store_int(work + 8 * candidates, id)
                     rank = load_int(ranks + 8 * id)
-                    if scores != 0:
-                        rank += _worth(scores, id) << WORTH_BITS
+                    if foresees:
+                        rank += _worth(sheet, id) << WORTH_BITS
                     store_int(work + 8 * (count + candidates), rank)
                     candidates += 1
         id += 1
@@ -173,7 +178,7 @@ def _make_room(sheet: Any) -> None:
                 ties -= 1
                 _let_go(load_int(work + 8 * i), sheet)
         free += going
-    if scores != 0 and 0 < free < missing:
+    if foresees and 0 < free < missing:
         _admit_surest(sheet, free)
         return
     i = 0

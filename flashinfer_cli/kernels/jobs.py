@@ -66,8 +66,10 @@ S_CAPACITY, S_TIME, S_OLDEST, S_IDS, S_ASKED, S_GUESSED_IDS, S_GUESSED, S_GUESSE
 # What comes of it: the address of each id's record (int64) and its state (a byte), what to read, the counts of ids that
 # the policy did not hold, of reads, and of guesses that were right.
 S_ADDRESSES, S_STATES, S_READ_IDS, S_READ_AT, S_MISSES, S_READS, S_RIGHT = range(184, 240, 8)
-S_SCORES = 240  # of the demand: float32 scores of all neurons, or 0 where the policy does not go by them
-SHEET_WORDS = 31
+# Of a policy that foresees: uses of each neuron, float64, or 0 for one that does not; what turns them into steps of
+# worth, float64; and of the demand, float32 scores of all neurons, or 0.
+S_USES, S_SCALE, S_SCORES = range(240, 264, 8)
+SHEET_WORDS = 33
 SCORE_STEPS, MOST_WORTH = 8, 63  # what a score of one is worth, and from where on all are alike
 WORTH_BITS = 40  # of a rank, below what a neuron is worth: when it was demanded last
 STATE_ABSENT, STATE_NEW, STATE_GUESSED = 1, 2, 4  # had no slot; has got one, which it is yet to reach; was guessed

@@ -56,6 +56,11 @@ def store_byte(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def load_double(typingctx: Any, address: Any) -> Any:
+    return types.float64(types.int64), lambda context, b, sig, args: b.load(_word(b, args[0], ir.DoubleType()))
+
+
+@intrinsic
 def load_float(typingctx: Any, address: Any) -> Any:
     return types.float32(types.int64), lambda context, b, sig, args: b.load(_word(b, args[0], F32))
 
