@@ -62,7 +62,7 @@ def plan_model(
     for context in wanted:
         settled = replace(run, context=context)
         try:
-            plan = make_plan(
+            return make_plan(
                 sizes_of(layout, model.config, settled, shares),
                 budget=budget,
                 process=process,
@@ -71,8 +71,7 @@ def plan_model(
                 chunk=min(run.prefill_chunk, context),
                 stream=run.stream,
                 card=device.card_memory(),
-            )
-            return plan, settled
+            ), settled
         except BudgetError as error:
             refused = error
     assert refused is not None

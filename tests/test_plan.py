@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashinfer_cli.config import MiB
+from flashinfer_cli.config import FEW_TOKENS, MiB
 from flashinfer_cli.errors import BudgetError
-from flashinfer_cli.plan import MemoryPlan, Sizes, make_plan, spread
+from flashinfer_cli.plan import RESERVE_LATE, RING_SLICES, RING_SPARSE, MemoryPlan, Sizes, make_plan, spread
 
 PROCESS = 300 * MiB
 
@@ -137,3 +137,26 @@ def test_what_every_token_needs_stays_before_anything_is_read_ahead() -> None:
         if budget < refused.value.least + often - 64 * MiB:
             assert not stays
     assert whole
+
+
+def test_a_prompts_memory_is_for_neurons_behind_it() -> None:
+    """All that a prompt reads ahead and computes in, but for what a few tokens need, and a part of the reserve."""
+    sizes = sparse()
+    with pytest.raises(BudgetError) as refused:
+        plan(sizes, PROCESS)
+    for extra in (150, 190, 220):
+        made = plan(sizes, refused.value.least + extra * MiB)
+        assert 0 < made.neuron_bytes + made.late_bytes < sizes.neurons
+        lent = made.demand_bytes + sizes.scratch(made.chunk) - sizes.scratch(min(made.chunk, FEW_TOKENS))
+        assert made.late_bytes == lent + RESERVE_LATE
+    assert plan(sizes, refused.value.least + 1000 * MiB).late_bytes == 0  # all stay in any case
+
+
+def test_a_ring_beside_neurons_is_short() -> None:
+    def ring(sizes: Sizes) -> int:
+        with pytest.raises(BudgetError) as refused:
+            plan(sizes, PROCESS)
+        return plan(sizes, refused.value.least + 110 * MiB).ring_bytes
+
+    dense_of_the_same = Sizes(MiB, (8 * MiB,) * 40, 30_000, lambda chunk: chunk * 100_000)
+    assert ring(sparse()) == RING_SPARSE * 8 * MiB < ring(dense_of_the_same) <= RING_SLICES * 8 * MiB

@@ -129,10 +129,7 @@ class NeuronCache:
         """
         self._abandon()
         layer = self.layers[index]
-        if self.trace is not None:
-            if scores is not None:
-                self.trace.expect(index, worth_of(scores))
-            self.trace.demand("decode", index, ids[None])
+        self._record("decode", index, ids, scores)
         guess = self._take_guess(index)
         guessed, rows = (NOTHING, 0) if guess is None else (guess.ids, guess.rows.ctypes.data)
         settled = self.settler.settle(layer, ids, guessed, rows, scores)
@@ -191,18 +188,20 @@ class NeuronCache:
         return None
 
     # ---- a prompt
+    def _record(self, phase: str, index: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        """A demand for the trace, if there is one."""
+        if self.trace is not None:
+            if scores is not None:
+                self.trace.expect(index, worth_of(scores))
+            self.trace.demand(phase, index, ids[None])
+
     def warm(self, index: int, tokens: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> None:
-        """Tokens of a prompt needed these (ascending, a token each, with scores as in `fetch`): make room for what will
-        be worth having."""
+        """Tokens of a prompt needed these (ascending, with scores as in `fetch`): make room for what will be needed."""
         layer = self.layers[index]
         for ids, scores in tokens:
+            self._record("prefill", index, ids, scores)
             if scores is not None:
-                worth = worth_of(scores)
-                layer.policy.expect(worth)
-                if self.trace is not None:
-                    self.trace.expect(index, worth)
-            if self.trace is not None:
-                self.trace.demand("prefill", index, ids[None])
+                layer.policy.expect(worth_of(scores))
             layer.policy.demand(ids, counted=False)
         layer.release(np.flatnonzero(~layer.policy.held))
 
@@ -220,8 +219,7 @@ class NeuronCache:
 
     def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """Those of neurons `ids` that are in memory, as `fetch` hands them out. Reads nothing, and nothing is noted."""
-        layer = self.layers[index]
-        ids = ids[layer.slot[ids] >= 0]
+        layer, ids = self.layers[index], ids[self.layers[index].slot[ids] >= 0]
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
             yield block, self.hand_out(Listed(layer.address(layer.slot[block]), layer.file.width, layer.memory))

@@ -17,7 +17,7 @@ from typing import Any
 
 from numba import float32, int32
 
-from .demands import lay_out, settle, surest
+from .demands import settle, surest
 from .jobs import (
     ABOVE_ZERO,
     ADD_UP,
@@ -49,6 +49,7 @@ from .jobs import (
     SUREST,
     THREADS,
 )
+from .layouts import lay_out
 from .memory import (
     atomic_add,
     atomic_load,
@@ -248,7 +249,7 @@ def enter(pool: Any, worker: Any) -> None:
     SUREST: of `cols` neurons as in ABOVE_ZERO, those whose int64 at [group] is below zero, at most `part`; gate bias:
     int64 [2 cols] to work in.
     SETTLE: `demands.settle` on the sheet at x.
-    LAY_OUT: `demands.lay_out` of `cols` ids at x to addresses at `weight`: act is the base, `tokens` the gap, `part`
+    LAY_OUT: `layouts.lay_out` of `cols` ids at x to addresses at `weight`: act is the base, `tokens` the gap, `part`
     the most pieces of a read, gate bias the waste; out, stride, scratch and up bias what it fills, [group] the
     counts, code the address of the requests.
     COPY: `count` records of `width` bytes from where int64 `weight` says to where int64 out says.
