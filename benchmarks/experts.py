@@ -1,7 +1,7 @@
 """Figures of 2312.17238 on our models: what routing gives a cache to find, what guesses find, and what each part earns.
 
     python -m benchmarks.experts routing MODEL TEXT... [--tokens N] [--out FOLDER]
-    python -m benchmarks.experts bias MODEL TEXT... [--rule gap] [--policy NAME] [--slots N] [--tokens N]
+    python -m benchmarks.experts bias MODEL TEXT... [--rule gap] [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts degrade BUNDLE TEXT... [--memory SIZE | --slots N] [--tokens N]
     python -m benchmarks.experts ahead BUNDLE TEXT... [--tokens N]
     python -m benchmarks.experts ablation MODEL [--caps 0.5 0.25] [--tokens N]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from test_experts_lossless import logits_of, slots
 from tiny_models import make
 
 import flashinfer_cli as fc
-from flashinfer_cli.cache.experts import Pieces
+from flashinfer_cli.cache.experts import ExpertCache, Pieces
 from flashinfer_cli.checkpoint.base import FORMATS
 from flashinfer_cli.config import MoeConfig
 from flashinfer_cli.kernels.native import NumbaKernels
@@ -90,3 +92,37 @@ def test_a_model_gives_the_same_logits_with_it_and_without(
                 )
             found.append(logits_of(engine))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("stay", "transit"), [(9, 4), (1, 4)])
+def test_guesses_follow_what_is_here_while_the_drive_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stay: int, transit: int
+) -> None:
+    """Once a layer: behind its first experts where others are on their way, else before any."""
+    folder, _ = make("qwen3_moe", 0, tmp_path / "m", moe_intermediate_size=64, num_experts=6, num_experts_per_tok=3)
+    slots(monkeypatch, stay, transit)
+    events: list[tuple[str, bool]] = []
+
+    def noting(name: str, owner: Any, method: str) -> None:
+        plain = getattr(owner, method)
+
+        def call(self: Any, *args: Any) -> Any:
+            found = plain(self, *args)
+            events.append((name, name == "fetch" and found.busy))
+            return found
+
+        monkeypatch.setattr(owner, method, call)
+
+    noting("fetch", ExpertCache, "fetch")
+    noting("compute", Stage, "compute")
+    noting("guess", MoeFfn, "_guess")
+    with fc.load(folder, context=60, kernels="compiled", prefetch_experts=2) as engine:
+        session = engine.session()
+        session.prefill([5, 9, 7])
+        events.clear()
+        for token in (11, 30, 2, 44, 17, 23):
+            session.step(token)
+    layers = "".join(name[0] + ("!" if busy else "") for name, busy in events).split("f")[1:]
+    assert len(layers) == 6 * 2 and any(layer[0] == "!" for layer in layers)
+    for layer in layers:
+        assert re.fullmatch("!cgc+" if layer[0] == "!" else "gc+", layer), layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,19 @@ def test_no_bias_is_no_change_and_some_is_labelled(
             report, policy = engine.report(), engine.experts.policy
             assert report.exactness == "sparse" and "sparse" in report.summary()
             assert policy.hits() / (policy.hits() + policy.misses()) > plain
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [({}, "adaptive"), ({"cache_gap": 0.1}, "foresight"), ({"cache_bias": 0.1}, "foresight"),
+     ({"degrade": 0.3}, "foresight"), ({"cache_gap": 0.1, "expert_policy": "lfu"}, "lfu")],
+)  # fmt: skip
+def test_lossy_routing_is_no_judge_of_policies(tmp_path: Path, options: dict[str, Any], policy: str) -> None:
+    """Demands that lean on what is here say that it was well chosen: nothing to compare two policies by."""
+    small = {"small_experts": "int4"} if "degrade" in options else {}
+    bundle = fc.bundle("zoo:stories-moe", tmp_path / "b", **small)
+    with fc.load(bundle, context=60, **options) as engine:
+        assert engine.report().expert_cache["policy"] == policy
 
 
 def test_many_tokens_at_once_in_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

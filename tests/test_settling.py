@@ -44,8 +44,9 @@ def test_settled_as_by_numpy(numba: NumbaKernels, policy: str, early: int, late:
         ids = np.flatnonzero(random.random(COUNT) < likely)
         absent = np.flatnonzero((random.random(COUNT) < 0.1) & (layers[0].slot < 0))
         guessed = absent if turn % 3 else absent[:0]
-        scores = np.where(np.isin(np.arange(COUNT), ids), 1, -1) * random.integers(0, 20, COUNT) / np.float32(8)
-        scores = None if turn % 7 == 6 else scores.astype(np.float32)
+        scores = random.choice([0, 0.125, 0.5, 1.7, 7.875, 20, np.inf], COUNT) + 0.3 * (turn % 2) * random.random(COUNT)
+        scores = np.where(np.isin(np.arange(COUNT), ids), scores, -scores).astype(np.float32)
+        scores = None if turn % 7 == 6 else scores
         asked = ids, guessed, rows, scores
         plain, compiled = (s.settle(layer, *asked) for s, layer in zip(settlers, layers, strict=True))
         assert (plain.missed, plain.right) == (compiled.missed, compiled.right)

@@ -131,7 +131,7 @@ def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
     held = int(HELD_SHARE * tokens)
     states = 4 * 2 * tokens * d  # hidden states, and the inputs of one FFN
     layer = 2 * (3 if config.gated else 2) * d * ff + 16 * d * d
-    learning = 4 * d * ff + tokens * ff // 8 + 4 * 6 * d * d + 4 * max(d * ff, 5 * BATCH * ff + 2 * held * ff)
+    learning = 4 * d * ff + (tokens // 8 + held) * ff + 4 * 6 * d * d + 4 * max(d * ff, 5 * BATCH * ff + 2 * held * ff)
     least = device.resident_bytes() + states + max(layer, learning) + 96 * MiB
     budget = device.budget_bytes(run.memory)
     if budget < least:

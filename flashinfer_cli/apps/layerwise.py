@@ -28,6 +28,8 @@ def layer_by_layer(
     """
     decoder, rt, config = engine.decoder, engine.decoder.rt, engine.config
     kv = KVCache(config, max(len(part) for part in parts), engine.device.name)
+    for kept in (kv.keys, kv.values):  # no layer looks back at another's: all stand in the same memory
+        kept[:] = kept[:1] * len(kept)
     states = [decoder.embedding(torch.tensor(part), rt) * config.embedding_scale for part in parts]
     if decoder.positions is not None:
         first = config.position_offset

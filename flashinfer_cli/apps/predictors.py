@@ -134,7 +134,7 @@ def packed(fired: torch.Tensor) -> torch.Tensor:
 
 def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
     """`packed` undone; `count` is d_ff."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=count)).bool()
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=count)).view(torch.bool)
 
 
 def train(

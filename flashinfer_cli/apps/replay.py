@@ -82,13 +82,14 @@ def replay(
     if not any(each.phase == phase for each in trace.demands):
         raise UsageError(f"'{file}' holds no demand.", "Record a longer run.")
     foreseen = any(each.worth is not None for each in trace.demands)
-    if not foreseen and {*policies} & FORESEEING:
+    blind = FORESEEING - {trace.about.get("policy")} if not foreseen else set()
+    if {*policies} & blind:
         raise UsageError(
             f"'{file}' says nothing of what {trace.kind} were thought to be worth.",
-            "Record again: genai-run profile --trace FILE.",
+            "Traces of before say nothing of it, nor do models whose gate chooses groups; try another policy.",
         )
     known = NEURON_POLICIES if trace.kind == "neurons" else EXPERT_POLICIES
-    policies = policies or [name for name in known if foreseen or name not in FORESEEING]
+    policies = policies or [name for name in known if name not in blind]
     total = sum(trace.records.values())
     sizes = [max(1, round(total * share)) for share in shares] or _sizes(trace)
     points = []

@@ -29,6 +29,7 @@ from .guesses import Guessing
 from .policy import Key, Policy
 from .trace import TraceWriter
 
+MOST_WORTH = 64  # uses
 WORTH_STEPS = 1 << 16  # of one expected use: among many experts a router gives each little
 
 
@@ -95,7 +96,8 @@ class ExpertCache:
 
     def expect(self, layer: int, worth: torch.Tensor) -> None:
         """Ahead of a demand: what each expert of the layer is thought to be worth from it on, [E]."""
-        whole = np.rint(worth.cpu().numpy() * WORTH_STEPS).astype(np.int64)  # whole numbers, as a trace keeps them
+        steps = np.rint(np.clip(worth.cpu().numpy(), -MOST_WORTH, MOST_WORTH) * WORTH_STEPS)
+        whole = steps.astype(np.int64)  # whole numbers, as a trace keeps them
         if self.trace is not None:
             self.trace.expect(layer, whole)
         self.policy.expect(layer, whole)

@@ -21,7 +21,7 @@ from ..kernels.listed import Listed
 from ..kernels.native import NumbaKernels
 from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
-from .pinned import Block, Tracing
+from .pinned import Block, Tracing, record
 from .settling import ARRIVING, CompiledSettler, PlainSettler, Settled, Settler
 from .slots import NeuronFile, Slots, shares
 from .window import NeuronPolicy, worth_of
@@ -129,7 +129,7 @@ class NeuronCache:
         """
         self._abandon()
         layer = self.layers[index]
-        self._record("decode", index, ids, scores)
+        record(self.trace, "decode", index, ids, scores)
         guess = self._take_guess(index)
         guessed, rows = (NOTHING, 0) if guess is None else (guess.ids, guess.rows.ctypes.data)
         settled = self.settler.settle(layer, ids, guessed, rows, scores)
@@ -188,18 +188,11 @@ class NeuronCache:
         return None
 
     # ---- a prompt
-    def _record(self, phase: str, index: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
-        """A demand for the trace, if there is one."""
-        if self.trace is not None:
-            if scores is not None:
-                self.trace.expect(index, worth_of(scores))
-            self.trace.demand(phase, index, ids[None])
-
     def warm(self, index: int, tokens: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> None:
         """Tokens of a prompt needed these (ascending, with scores as in `fetch`): make room for what will be needed."""
         layer = self.layers[index]
         for ids, scores in tokens:
-            self._record("prefill", index, ids, scores)
+            record(self.trace, "prefill", index, ids, scores)
             if scores is not None:
                 layer.policy.expect(worth_of(scores))
             layer.policy.demand(ids, counted=False)
@@ -219,7 +212,8 @@ class NeuronCache:
 
     def here(self, index: int, ids: np.ndarray) -> Iterator[Block]:
         """Those of neurons `ids` that are in memory, as `fetch` hands them out. Reads nothing, and nothing is noted."""
-        layer, ids = self.layers[index], ids[self.layers[index].slot[ids] >= 0]
+        layer = self.layers[index]
+        ids = ids[layer.slot[ids] >= 0]
         for first in range(0, len(ids), self.block):
             block = ids[first : first + self.block]
             yield block, self.hand_out(Listed(layer.address(layer.slot[block]), layer.file.width, layer.memory))

@@ -28,6 +28,14 @@ class Tracing(Protocol):
         ...
 
 
+def record(trace: Tracing | None, phase: str, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+    """A token's demand, ids ascending, and what the scores of all neurons, float32 [count], say of the others."""
+    if trace is not None:
+        if scores is not None:
+            trace.expect(layer, worth_of(scores))
+        trace.demand(phase, layer, ids[None])
+
+
 class Pinned:
     """Records that all stay, as the slices they came in: the same neurons in the same blocks, and nothing read."""
 
@@ -47,10 +55,7 @@ class Pinned:
         return self._places[index]
 
     def fetch(self, index: int, ids: np.ndarray, scores: np.ndarray | None = None) -> Iterator[Block]:
-        if self.trace is not None:
-            if scores is not None:
-                self.trace.expect(index, worth_of(scores))
-            self.trace.demand("decode", index, ids[None])
+        record(self.trace, "decode", index, ids, scores)
         self.recorder.cache(len(ids), 0)
         return self.here(index, ids)
 

@@ -4,11 +4,12 @@ The first line is the header: what the records are (`kind` "experts" or "neurons
 many bytes, and under what the trace was made. Every further line is one demand, in the order they came up: the phase,
 the layer, a list of ids a token (best first), and where guesses were made the ids guessed for it, best first, by how
 many layers ahead; and what each id of the layer was thought to be worth from then on, where anything says so: a router,
-a predictor of neurons, or what calibration learned. A name that ends in .gz is compressed.
+a predictor of neurons (bytes in base 64), or what calibration learned. A name that ends in .gz is compressed.
 """
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,7 @@ class TraceWriter:
         self._out = out
         self.kind = kind
         self._guesses: dict[int, dict[str, list[int]]] = {}
-        self._worth: dict[int, list[int]] = {}
+        self._worth: dict[int, list[int] | str] = {}
         header = {"format": FORMAT, "version": VERSION, "kind": kind, "records": dict(records)}
         self._line(header | {"record_bytes": dict(record_bytes), "about": about})
 
@@ -73,8 +74,10 @@ class TraceWriter:
         self._guesses.setdefault(layer, {})[str(ahead)] = ids
 
     def expect(self, layer: int, worth: np.ndarray) -> None:
-        """What each id is thought to be worth from the next demand of a layer on, int [records]."""
-        self._worth[layer] = worth.tolist()
+        """What each id is thought to be worth from the next demand of a layer on, int [records]; of neurons, of which
+        there are thousands, within a byte."""
+        few = self.kind == "experts"
+        self._worth[layer] = worth.tolist() if few else base64.b64encode(worth.astype(np.int8).tobytes()).decode()
 
     def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
         """A demand: chosen int [T, k], -1 for none."""
@@ -137,5 +140,7 @@ def _demand(line: Mapping[str, Any]) -> Demand:
     for row, ids in enumerate(line["ids"]):
         chosen[row, : len(ids)] = ids
     guesses = {int(ahead): np.asarray(ids, np.int64) for ahead, ids in line.get("guesses", {}).items()}
-    worth = np.asarray(line["worth"], np.int64) if "worth" in line else None
+    worth, said = None, line.get("worth")
+    if said is not None:
+        worth = np.frombuffer(base64.b64decode(said), np.int8) if isinstance(said, str) else np.asarray(said, np.int64)
     return Demand(str(line["phase"]), int(line["layer"]), chosen, guesses, worth)

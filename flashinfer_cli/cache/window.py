@@ -45,7 +45,8 @@ class NeuronPolicy(Protocol):
         ...
 
     def ranks(self) -> np.ndarray:
-        """int64, or floats not below zero, of all ids: higher for what should stay longer. Always the same memory."""
+        """int64, or floats not below zero, of all ids: higher for what should stay longer. Always the same memory. Of
+        `Foresight` what decides among ids of equal worth."""
         ...
 
     def oldest(self) -> int:

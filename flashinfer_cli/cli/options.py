@@ -135,8 +135,8 @@ class RunOptions:
         _memory(
             "--expert-policy",
             "Which experts stay: those foreseen to be used, the most used of late (lfu), those by whichever of these "
-            "two finds more (adaptive, which auto is), the least stale, the latest used (of all, or of each layer), "
-            "those of the first layers, or none.",
+            "two finds more (adaptive, which auto is unless routing is lossy), the least stale, the latest used (of "
+            "all, or of each layer), those of the first layers, or none.",
         ),
     ] = RunConfig.expert_policy
     prefetch_experts: Annotated[

@@ -41,7 +41,7 @@ class RunConfig:
     window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
     neuron_policy: Literal["foresight", "recent", "window", "frequent"] = "foresight"
     prefetch_neurons: bool = True  # read the surest of what a layer's predictor says of its input before attention
-    # Which experts stay; auto: adaptive, the better of foresight and lfu so far; foresight with stand-ins.
+    # Which experts stay; auto: adaptive, the better of foresight and lfu of late; foresight where routing is lossy.
     expert_policy: Literal["auto", "adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = (
         "auto"
     )

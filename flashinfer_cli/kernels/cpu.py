@@ -244,10 +244,10 @@ def enter(pool: Any, worker: Any) -> None:
     ATTEND, of one token: `count` heads of `cols` floats of x, `tokens` of them with one key at `weight` and values
     at `stride`, `part` bytes apart, over `gate bias` + [group] positions, the last `up bias` where that is not 0; the
     bits of act are the scale; scratch: `code` bytes a head handed out together.
-    ABOVE_ZERO: the places of `cols` floats of x that are above zero with the bias at `weight`, to int64 out, and their
+    ABOVE_ZERO: adds the bias at `weight` to `cols` floats of x; the places of those above zero, to int64 out, and their
     number to [stride].
-    SUREST: of `cols` neurons as in ABOVE_ZERO, those whose int64 at [group] is below zero, at most `part`; gate bias:
-    int64 [2 cols] to work in.
+    SUREST: of `cols` floats of x those above zero with that bias, which is not added to them there,
+    and whose int64 at [group] is below zero, at most `part`; gate bias: int64 [2 cols] to work in.
     SETTLE: `demands.settle` on the sheet at x.
     LAY_OUT: `layouts.lay_out` of `cols` ids at x to addresses at `weight`: act is the base, `tokens` the gap, `part`
     the most pieces of a read, gate bias the waste; out, stride, scratch and up bias what it fills, [group] the

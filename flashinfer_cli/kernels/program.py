@@ -223,8 +223,8 @@ class Program:
         self, scores: torch.Tensor, bias: torch.Tensor, slot: np.ndarray, most: int, ids: np.ndarray, found: np.ndarray,
         work: np.ndarray,
     ) -> None:  # fmt: skip
-        """As `above_zero`, but only those whose slot, int64 [n], is below zero, at most the `most` highest; work: int64
-        [2 n]."""
+        """Where scores + bias, which stay as they are, are above zero, to ids and found as in `above_zero`: of those
+        whose slot, int64 [n], is below zero, at most the `most` highest; work: int64 [2 n]."""
         n = scores.numel()
         words = surest_words(scores.data_ptr(), n, bias.data_ptr(), slot, most, ids, found, work)
         self._add(words, 0, scores, bias, slot, ids, found, work)

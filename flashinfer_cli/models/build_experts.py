@@ -77,7 +77,7 @@ class ExpertBuilder:
                 "Leave the option out.",
             )
         if name == "auto":  # demands that lean on what is here would say that it was well chosen
-            name = "adaptive" if self.bias is None else "foresight"
+            name = "foresight" if self.bias is not None or self.run.degrade else "adaptive"
         return expert_policy(name, records, room)
 
     def _bias(self) -> CacheBias | CacheGap | None:
