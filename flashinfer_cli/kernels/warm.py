@@ -40,6 +40,7 @@ _SOURCES = (
     "softmax.py",
     "tokens.py",
     "demands.py",
+    "layouts.py",
     "cpu.py",
     "warm.py",
     "../checkpoint/base.py",
