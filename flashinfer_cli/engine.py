@@ -20,7 +20,7 @@ from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.speculative import Speculator
 from .errors import BudgetError, TokenizerError, UsageError
-from .kernels import select
+from .kernels import select, warm_up
 from .layers.linear import Runtime
 from .models.ahead import read_ahead
 from .models.build import Builder
@@ -118,7 +118,7 @@ class Engine:
         metadata = getattr(model.checkpoint, "metadata", {})
         for key in [key for key in metadata if key.startswith("tokenizer.")]:
             del metadata[key]  # read by now, and large
-        self._warm_up()
+        warm_up(self.kernels, self.device)
         self.sparsity = None if run.exact else model.sparsity
         known = self.sparsity.layers if self.sparsity is not None else ()
         sparse_layers = [layer.layer for layer in known]
@@ -131,7 +131,7 @@ class Engine:
         self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}
         if run.memory not in (None, "auto"):
             devices.let_go_of_code()
-            self._warm_up()  # what computing needs of it is back when the plan is made
+            warm_up(self.kernels, self.device)  # what computing needs of it is back when the plan is made
         self.plan, self.run = plan_model(model, layout, run, self.device)
         if notify is not None:
             notify(str(self.plan))
@@ -170,15 +170,6 @@ class Engine:
         if not self.run.remeasure and (self.plan.everything_fits or not large or self.run.direct_io == "never"):
             return kept(drive_of(file)) or Reading()
         return reading_of(file, remeasure=self.run.remeasure, notify=notify)
-
-    def _warm_up(self) -> None:
-        """Touch what libraries allocate on first use, so that the plan sees it."""
-        a = torch.ones(64, 256, device=self.device.name)
-        (a @ a.T).softmax(-1)
-        weight = torch.zeros(64, 1024, dtype=torch.uint8, device=self.device.name)
-        for tokens in (1, 64):
-            self.kernels.linear(a[:tokens].contiguous(), weight, "F32", a.new_empty(tokens, 64), 0)
-        self.device.synchronize()
 
     # ---- what it is
     @property

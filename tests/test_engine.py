@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,6 +180,20 @@ def test_budget_below_the_least_names_it(folder: Path) -> None:
     with pytest.raises(BudgetError):
         plan_only(str(folder), RunConfig(memory="1MiB"))
     assert plan_only(str(folder), RunConfig()).everything_fits
+
+
+def test_what_plan_names_is_what_a_run_needs() -> None:
+    """Each in a process of its own, whose size counts."""
+    both = (
+        "import flashinfer_cli.apps.planning as p, flashinfer_cli.config as c; "
+        "p.plan_only('zoo:stories-moe', c.RunConfig(memory='1MiB', context=64))",
+        "import flashinfer_cli as fc; fc.load('zoo:stories-moe', memory='1MiB', context=64)",
+    )
+    least = []
+    for code in both:
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        least.append(int(re.findall(r"needs at least (\d+) MiB", ran.stderr)[-1]))
+    assert abs(least[0] - least[1]) <= 12
 
 
 def test_devices_and_options_are_checked(folder: Path) -> None:

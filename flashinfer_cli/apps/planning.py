@@ -8,7 +8,9 @@ from .. import device as devices
 from ..config import RunConfig
 from ..engine import plan_model
 from ..errors import TokenizerError
-from ..kernels.reference import ReferenceKernels
+from ..kernels import select, warm_up
+from ..kernels.warm import is_compiled
+from ..models.ahead import read_ahead
 from ..models.layout import lay_out
 from ..models.open import open_model
 from ..models.predictors import load_predictors
@@ -16,8 +18,8 @@ from ..plan import MemoryPlan
 
 
 def plan_only(model: str, run: RunConfig) -> MemoryPlan:
-    """Make the plan that a run with these settings would have. Loads the tokenizer and the predictors of neurons, since
-    their memory counts, and no weights.
+    """Make the plan that a run with these settings would have. Loads the tokenizer, what was calibrated and, where they
+    are compiled, the kernels, since their memory counts, and no weights.
 
     Raises BudgetError when the budget is below the least.
     """
@@ -27,10 +29,18 @@ def plan_only(model: str, run: RunConfig) -> MemoryPlan:
         _ = opened.tokenizer
     device, sparsity = devices.resolve(run.device), None if run.exact else opened.sparsity
     sparse = [layer.layer for layer in sparsity.layers] if sparsity is not None else []
-    predictors = load_predictors(opened.checkpoint.path, sparse, ReferenceKernels(), device)
+    kernels = select(
+        device.kind,
+        "compiled" if run.kernels != "reference" and is_compiled() else "reference",
+        run.threads or devices.cores(),
+    )[0]
+    warm_up(kernels, device)
+    path, bundled_experts = opened.checkpoint.path, opened.config.moe is not None and opened.checkpoint.kind == "bundle"
+    learned = load_predictors(path, sparse, kernels, device), read_ahead(path) if bundled_experts else {}
     layout = lay_out(opened.checkpoint, opened.config, opened.weights, sparse, run.degrade > 0)
     if run.memory not in (None, "auto"):
         devices.let_go_of_code()
+        warm_up(kernels, device)
     plan = plan_model(opened, layout, run, device)[0]
-    del predictors  # here until now, as in a run
+    del learned  # here until now, as in a run
     return plan

@@ -57,7 +57,10 @@ def plan(run: RunOptions, model: OptionalModel = None, json: Json = False) -> No
     config = run.config()
     from ..apps.planning import plan_only
 
-    made = plan_only(named(model, console), config)
+    model = named(model, console)
+    if config.memory not in (None, "auto"):  # then it matters what the process takes
+        compile_kernels(model, run, console)
+    made = plan_only(model, config)
     if json:
         console.answer(as_json(plan_dict(made)))
     else:

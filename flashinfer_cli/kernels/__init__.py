@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from ..device import Device
     from .listed import Listed
 
-__all__ = ["Kernels", "select"]
+__all__ = ["Kernels", "select", "warm_up"]
 
 
 class Kernels(Protocol):
@@ -114,3 +115,15 @@ def select(
         ReferenceKernels(),
         f"The compiled CPU kernels are not usable: {reason}. Running on plain torch, many times slower.",
     )
+
+
+def warm_up(kernels: Kernels, device: Device) -> None:
+    """Touch what libraries allocate on first use, so that a plan made then sees it."""
+    import torch
+
+    a = torch.ones(64, 256, device=device.name)
+    (a @ a.T).softmax(-1)
+    weight = torch.zeros(64, 1024, dtype=torch.uint8, device=device.name)
+    for tokens in (1, 64):
+        kernels.linear(a[:tokens].contiguous(), weight, "F32", a.new_empty(tokens, 64), 0)
+    device.synchronize()
