@@ -27,13 +27,13 @@ def _write(target: Target, index: int, q: Lanes, scale: Lanes, offset: Lanes) ->
 
 
 def _q8_0(source: Pointer, target: Target) -> None:
-    scale = source.half(0)
+    scale = source.scale(0)
     for i in range(0, 32, LANES):
         target.store(4 * i, source.load(2 + i, I8, LANES).to_float_signed() * scale)
 
 
 def _q4_0(source: Pointer, target: Target) -> None:
-    scale, q = source.half(0), source.load(2, I8, LANES)
+    scale, q = source.scale(0), source.load(2, I8, LANES)
     _write(target, 0, q & 15, scale, scale * -8.0)
     _write(target, 16, q >> 4, scale, scale * -8.0)
 
@@ -63,7 +63,7 @@ def _fifth_bits(source: Pointer, offset: int, first: int) -> Lanes:
 
 
 def _q5_0(source: Pointer, target: Target) -> None:
-    scale, q = source.half(0), source.load(6, I8, LANES)
+    scale, q = source.scale(0), source.load(6, I8, LANES)
     _write(target, 0, (q & 15) | _fifth_bits(source, 2, 0), scale, scale * -16.0)
     _write(target, 16, (q >> 4) | _fifth_bits(source, 2, 16), scale, scale * -16.0)
 
@@ -144,7 +144,7 @@ def _iq4_pair(source: Pointer, at: int, target: Target, index: int, scale: Lanes
 
 
 def _iq4_nl(source: Pointer, target: Target) -> None:
-    _iq4_pair(source, 2, target, 0, source.half(0))
+    _iq4_pair(source, 2, target, 0, source.scale(0))
 
 
 def _iq4_xs(source: Pointer, target: Target) -> None:

@@ -207,6 +207,11 @@ class Pointer:
         fixed = self.builder.select(special, (scaled | 0x7F800000).value, scaled.value)
         return (Lanes(self.builder, fixed) | ((wide & 0x8000) << 16)).as_bits(F32)
 
+    def scale(self, offset: Any) -> Lanes:
+        """The float16 value there, in all lanes; two more bytes are read. A load of one alone becomes an insertion into
+        what a register held, and each block's values then wait for those of the block before."""
+        return self.half(offset, 2).lanes([0] * LANES)
+
     def weights(self, offset: Any, fmt: str, count: int = 1) -> Lanes:
         """`count` elements of a plain format as float32."""
         if fmt == "F32":
