@@ -138,7 +138,7 @@ def let_go_of_code() -> None:
         for line in Path("/proc/self/smaps").read_text().splitlines():
             words = line.split()
             if not words[0].endswith(":"):  # the head of a mapping: place, permissions, offset, device, inode, file
-                mine = words[1] == "r-xp" and words[4] != "0"
+                mine = words[1] in ("r-xp", "r--p") and words[4] != "0"
                 found = [int(end, 16) for end in words[0].split("-")] if mine else None
             elif found is not None and words[0] == "Anonymous:" and words[1] == "0":
                 madvise(ctypes.c_void_p(found[0]), ctypes.c_size_t(found[1] - found[0]), mmap.MADV_DONTNEED)
