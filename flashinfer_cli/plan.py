@@ -38,6 +38,7 @@ class Sizes:
     demand: int = 0
     neurons: int = 0  # records of layers that have predictors: they take slots instead of being pinned
     neuron_block: int = 0  # the neurons of a token, gathered
+    few: int = FEW_TOKENS  # of a pass that leaves to neurons what a prompt's pass would take
     named: int = 0  # of the neurons, what predictors name for a token
     order: tuple[int, ...] = ()  # places in `slices`, what stays first; where given, in place of an even spread
     table: int = 0  # an embedding table apart from the head; its rows can be read by token instead
@@ -120,7 +121,7 @@ def _often(sizes: Sizes) -> int:
 
 def _lent(sizes: Sizes, demand: int, chunk: int) -> int:
     """What neurons have of a prompt's memory behind it."""
-    return demand + sizes.scratch(chunk) - sizes.scratch(min(chunk, FEW_TOKENS))
+    return demand + sizes.scratch(chunk) - sizes.scratch(min(chunk, sizes.few))
 
 
 def _slots_note(neurons: int, late: int, of: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -90,6 +90,7 @@ class Recorder:
         self.phases: dict[str, PhaseCount] = {name: PhaseCount() for name in PHASES}
         self.reads: dict[tuple[str, str], IoCount] = defaultdict(IoCount)
         self._sizes: Counter[int] = Counter()  # bytes of a request -> count
+        self.by_bits: list[Iterable[int]] = []  # requests counted by compiled code, by the bits of their bytes
         self.layers: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])  # -> [wait, compute]
         self.neuron_counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])  # -> [computed, of]
         self.neuron_guesses = [0, 0]  # read ahead of need, of these needed
@@ -115,7 +116,19 @@ class Recorder:
         with self._lock:
             for size, many in self._sizes.items():
                 found[1 << max(size - 1, 1).bit_length()] += many
+        for counts in self.by_bits:
+            for bits, many in enumerate(counts):
+                if many:
+                    found[1 << bits] += int(many)
         return found
+
+    def read_by_code(self, kind: str, requests: int, nbytes: int, useful: int) -> None:
+        """Count reads that compiled code made, whose sizes are in `by_bits`."""
+        with self._lock:
+            count = self.reads[self.phase, kind]
+            count.requests += requests
+            count.bytes += nbytes
+            count.useful += useful
 
     def busy(self, seconds: float) -> None:
         """Add time during which at least one read was under way."""
@@ -145,6 +158,11 @@ class Recorder:
         start = time.perf_counter()
         yield
         self._add(0, time.perf_counter() - start)
+
+    def waited(self, seconds: float) -> None:
+        """So much of the time spent in kernels was spent waiting for bytes."""
+        self._add(0, seconds)
+        self._add(1, -seconds)
 
     def computing(self) -> _Computing:
         """Time spent in kernels."""

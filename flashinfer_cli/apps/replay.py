@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..cache.by_layer import ByLayer, policies_by_layer
 from ..cache.expert_policies import expert_policy
 from ..cache.policy import Belady, Lru, Policy
 from ..cache.trace import Demand, Trace, read_trace
-from ..cache.window import ByLayer, deal, policies_by_layer
+from ..cache.window import deal
 from ..config import EXPERT_POLICIES, FORESEEING, NEURON_POLICIES, RunConfig
 from ..errors import UsageError
 

@@ -8,36 +8,26 @@ token are computed on by a list of where they stand, in the order of their ids; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..config import NEURON_STAGES
 from ..device import Device, allocate, give_back, release_free_memory
 from ..kernels import Kernels
-from ..kernels.jobs import STATE_ABSENT, STATE_GUESSED, STATE_NEW
+from ..kernels.jobs import STATE_NEW
 from ..kernels.listed import Listed
 from ..kernels.native import NumbaKernels
 from ..recorder import Recorder
 from ..store.flash import FlashStore, Ticket
+from .fetch import Fetch, Guess
+from .flights import Asked, Flights
 from .pinned import Block, Tracing, record
-from .settling import ARRIVING, CompiledSettler, PlainSettler, Settled, Settler
+from .settling import CompiledSettler, PlainSettler, Settler
 from .slots import NeuronFile, Slots, shares
 from .window import NeuronPolicy, worth_of
 
 NOTHING = np.empty(0, np.int64)
 LEAST_MISSED = 48  # of a layer's neurons: to wait for fewer takes less time than to guess them
-
-
-@dataclass
-class _Guess:
-    """Records on their way, or here, that layer `index` is thought to need next: `ids` in rows 0.. of `rows`."""
-
-    index: int
-    ids: np.ndarray
-    rows: np.ndarray
-    ticket: Ticket
 
 
 class NeuronCache:
@@ -80,9 +70,13 @@ class NeuronCache:
         self.guesses = guesses
         self._staging = allocate(guesses * width) if guesses else np.empty(0, np.uint8)
         self._read: Ticket | None = None  # the last into it
-        self._guess: _Guess | None = None
+        self._guess: Guess | None = None
         self._fetch: Fetch | None = None  # the last
         self._missed = dict.fromkeys(files, 0)  # what the last token missed of each layer
+        self.flights: Flights | None = None  # for demands that programs make
+        if isinstance(self.settler, CompiledSettler) and device.is_host and (aio := store.reader.lend()) is not None:
+            self.flights = Flights(store, aio, recorder, self.settler, width, count, guesses, self._staging)
+        self._open: tuple[Slots, Asked] | None = None  # of a program that may be under way
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +134,37 @@ class NeuronCache:
         self._fetch = Fetch(self, layer, settled, guess)
         return self._fetch
 
+    # ---- by a program
+    def prepare(self, index: int, asked: Asked) -> bool:
+        """A program with the layer's jobs (`Flights.sheet`) runs next; False where it may not."""
+        self._abandon()
+        if self.flights is None or not self.flights.prepare(self.layers[index], asked):
+            return False
+        self._open = self.layers[index], asked
+        return True
+
+    def finish(self, index: int, asked: Asked) -> Fetch | None:
+        """The program has run. What is left to compute where it could not read all, which then is read anew; else
+        None."""
+        assert self.flights is not None
+        layer = self.layers[index]
+        count, missed, whole = self.flights.finish(layer)
+        record(self.trace, "decode", index, asked.ids[:count].copy(), asked.scores)
+        self._missed[index] = missed
+        self.recorder.cache(count - missed, missed)
+        self.recorder.neurons(index, count, layer.file.count)
+        self._open = None
+        if whole:
+            return None
+        self._fetch = Fetch(self, layer, self.flights.rest(layer, asked), None)
+        return self._fetch
+
     def _abandon(self) -> None:
+        if self._open is not None and self.flights is not None:  # interrupted
+            layer, asked = self._open
+            self._open = None
+            left = self.flights.rest(layer, asked)
+            layer.release(left.ids[(left.states & STATE_NEW) > 0])
         if self._fetch is not None:
             self._fetch.abandon()
             self._fetch = None
@@ -166,7 +190,7 @@ class NeuronCache:
             rows = self._staging[: self.guesses * width].reshape(self.guesses, width)
             addresses = rows.ctypes.data + width * np.arange(len(ids))
             self._read = self.read(layer.file, ids, addresses, (rows,))
-            self._guess = _Guess(index, ids, rows, self._read)
+            self._guess = Guess(index, ids, rows, self._read)
 
     def settle(self) -> None:
         """Wait for what is read ahead, so that all of it is counted."""
@@ -174,7 +198,7 @@ class NeuronCache:
         if self._read is not None:
             self._read.wait()
 
-    def _take_guess(self, index: int) -> _Guess | None:
+    def _take_guess(self, index: int) -> Guess | None:
         """The guess if it is of this layer; any other was for nothing."""
         guess, self._guess = self._guess, None
         if guess is None:
@@ -221,74 +245,3 @@ class NeuronCache:
     def hand_out(self, records: Listed) -> Listed | torch.Tensor:
         """Where kernels find them: on the host where they stand, on a card as copies."""
         return records if self.device.is_host else self.device.put(records.gather())
-
-
-class Fetch:
-    """Neurons on their way: iterate once for blocks (ids ascending, where they stand).
-
-    What is missing is read to where it will be computed on: into a slot if the policy keeps it, else to a place in
-    passing. The first NEURON_STAGES blocks are read together; of more, one for each that has been computed.
-    """
-
-    def __init__(self, cache: NeuronCache, layer: Slots, settled: Settled, guess: _Guess | None) -> None:
-        self.cache, self.layer, self.settled, self.guess = cache, layer, settled, guess
-        self.blocks = -(-len(settled.ids) // cache.block)
-        self._computed = 0  # blocks
-        first = min(NEURON_STAGES, self.blocks)
-        reading = len(settled.read_ids) > 0
-        ticket = cache.read(layer.file, settled.read_ids, settled.read_at, self._memory(0, first)) if reading else None
-        self._tickets: list[Ticket | None] = [ticket] * first
-
-    def _part(self, index: int) -> slice:
-        return slice(index * self.cache.block, (index + 1) * self.cache.block)
-
-    def _start(self, index: int) -> Ticket | None:
-        """Begin to read what of a later block is missing and not on its way, if anything is."""
-        part = self._part(index)
-        missing = (self.settled.states[part] & (STATE_ABSENT | STATE_GUESSED)) == STATE_ABSENT
-        if not missing.any():
-            return None
-        ids, addresses = self.settled.ids[part][missing], self.settled.addresses[part][missing]
-        return self.cache.read(self.layer.file, ids, addresses, self._memory(index, index + 1))
-
-    def _memory(self, first: int, last: int) -> tuple[np.ndarray, ...]:
-        """What addresses of blocks [first, last) may stand in, as rows."""
-        width, block = self.layer.file.width, self.cache.block
-        passing = self.cache.settler.passing
-        rows = (passing[index % NEURON_STAGES][: block * width].reshape(-1, width) for index in range(first, last))
-        return (*self.layer.memory, *rows, *(() if self.guess is None else (self.guess.rows,)))
-
-    def _wait(self, ticket: Ticket) -> None:
-        if ticket.ready:
-            ticket.wait()
-            return
-        with self.cache.recorder.waiting():
-            ticket.wait()
-
-    def abandon(self) -> None:
-        """If blocks are left: wait for reads that are under way, and let no slot be thought to hold what never came."""
-        if self._computed == self.blocks:
-            return
-        for ticket in self._tickets[self._computed :]:
-            if ticket is not None:
-                ticket.end()
-        left = slice(self._computed * self.cache.block, None)
-        self.layer.release(self.settled.ids[left][(self.settled.states[left] & STATE_NEW) > 0])
-
-    def __iter__(self) -> Iterator[Block]:
-        layer, cache, settled = self.layer, self.cache, self.settled
-        for index in range(self.blocks):
-            part, ticket = self._part(index), self._tickets[index]
-            if self.guess is not None and settled.right:
-                self._wait(self.guess.ticket)
-            if ticket is not None:
-                self._wait(ticket)
-            addresses, memory = settled.addresses[part], self._memory(index, index + 1)
-            yield settled.ids[part], cache.hand_out(Listed(addresses, layer.file.width, memory))
-            if settled.right:
-                kept = np.flatnonzero(settled.states[part] == ARRIVING)
-                if len(kept):
-                    cache.settler.copy(layer, settled.ids[part][kept], addresses[kept], memory)
-            self._computed += 1
-            if len(self._tickets) < self.blocks:
-                self._tickets.append(self._start(len(self._tickets)))

@@ -109,7 +109,13 @@ class CompiledSettler:
         self._none = np.zeros(count, np.float32)  # no bias
         self._sheets: dict[Slots, np.ndarray] = {}
 
-    def _sheet(self, layer: Slots) -> np.ndarray:
+    def sheet(self, layer: Slots) -> np.ndarray:
+        """The words of a layer's demands (`kernels.jobs`), always the same ones."""
+        if layer not in self._sheets:
+            self._sheets[layer] = self._new_sheet(layer)
+        return self._sheets[layer]
+
+    def _new_sheet(self, layer: Slots) -> np.ndarray:
         sheet, policy = np.zeros(jobs.SHEET_WORDS, np.int64), layer.policy
         ranks = policy.ranks()
         assert ranks.itemsize == 8 and policy.held.itemsize == 1  # floats above zero are in the order of their bits
@@ -133,9 +139,7 @@ class CompiledSettler:
     def settle(
         self, layer: Slots, ids: np.ndarray, guessed: np.ndarray, rows: int, scores: np.ndarray | None = None
     ) -> Settled:
-        sheet = self._sheets.get(layer)
-        if sheet is None:
-            sheet = self._sheets[layer] = self._sheet(layer)
+        sheet = self.sheet(layer)
         policy, count = layer.policy, len(ids)
         policy.turn(ids)
         asked = ids.ctypes.data, count, guessed.ctypes.data, len(guessed), rows
@@ -153,6 +157,18 @@ class CompiledSettler:
         policy.count(count, missed)
         addresses, states = self._addresses[:count], self._states[:count]
         return Settled(ids, addresses, states, self._read_ids[:reads], self._read_at[:reads], missed, right)
+
+    def settled(self, layer: Slots, ids: np.ndarray, first: int) -> Settled:
+        """What a demand of `ids`, the last that was settled, came to from its place `first` on, a whole block; nothing
+        counts as guessed, and all that is absent is to be read."""
+        left = slice(first, len(ids))
+        ids, addresses, states = (each[left].copy() for each in (ids, self._addresses, self._states))
+        arriving = states == ARRIVING
+        addresses[arriving] = layer.address(layer.slot[ids[arriving]])
+        states &= ~np.uint8(STATE_GUESSED)
+        reads = (states & STATE_ABSENT) > 0
+        reads[NEURON_STAGES * self.block :] = False
+        return Settled(ids, addresses, states, ids[reads], addresses[reads], 0, 0)
 
     def surest(self, layer: Slots, scores: np.ndarray, most: int) -> np.ndarray:
         self.kernels.surest(scores, self._none.ctypes.data, layer.slot, most, self._ids, self._found, self._work)

@@ -11,8 +11,6 @@ from typing import Protocol
 
 import numpy as np
 
-from ..config import NEURON_POLICIES
-from ..errors import UsageError
 from ..kernels.jobs import MOST_WORTH, SCORE_STEPS, WORTH_BITS
 
 NEVER = np.iinfo(np.int64).min // 2
@@ -40,8 +38,17 @@ class NeuronPolicy(Protocol):
         """Ahead of a demand: what each id is thought to be worth from it on, int64 [count]; who cares listens."""
         ...
 
+    def advance(self) -> float:
+        """The next token's time comes; returns what its demand adds to the `tally` of each id."""
+        ...
+
+    @property
+    def tally(self) -> np.ndarray | None:
+        """float64 [count], for a policy that counts uses. Always the same memory."""
+        ...
+
     def turn(self, ids: np.ndarray) -> None:
-        """The next token's time comes, and it demands `ids`."""
+        """`advance`, and the token demands `ids`."""
         ...
 
     def ranks(self) -> np.ndarray:
@@ -97,9 +104,19 @@ class _Ranked:
     def expect(self, worth: np.ndarray) -> None:
         """Only `Foresight` asks."""
 
-    def turn(self, ids: np.ndarray) -> None:
+    def advance(self) -> float:
         self.time += 1
+        return 0.0
+
+    @property
+    def tally(self) -> np.ndarray | None:
+        return None
+
+    def turn(self, ids: np.ndarray) -> None:
+        adds = self.advance()
         self.last[ids] = self.time
+        if self.tally is not None:
+            self.tally[ids] += adds
 
     def count(self, asked: int, missed: int) -> None:
         self.hits += asked - missed
@@ -164,13 +181,17 @@ class Frequent(_Ranked):
         self.score = np.zeros(count, np.float64)
         self._weight = 1.0  # grows instead of all scores shrinking
 
-    def turn(self, ids: np.ndarray) -> None:
-        super().turn(ids)
+    def advance(self) -> float:
+        super().advance()
         self._weight /= self.decay
-        self.score[ids] += self._weight
         if self._weight > 1e100:
             self.score /= self._weight
             self._weight = 1.0
+        return self._weight
+
+    @property
+    def tally(self) -> np.ndarray:
+        return self.score
 
     def ranks(self) -> np.ndarray:
         return self.score
@@ -247,50 +268,3 @@ def deal(room: int, counts: Mapping[int, int], widths: Mapping[int, int], wants:
         found[layer] += more
         left -= more * widths[layer]
     return found
-
-
-class ByLayer:
-    """A policy for each layer, driven as the policies of experts are: for replay. Counts tokens that are decoded."""
-
-    def __init__(self, policies: Mapping[int, NeuronPolicy], prompt_room: Mapping[int, int] | None = None) -> None:
-        self.policies = policies
-        self.room = {layer: policy.capacity for layer, policy in policies.items()}
-        self.prompt_room = prompt_room or self.room
-        self.records = {layer: len(policy.held) for layer, policy in policies.items()}
-
-    def expect(self, layer: int, worth: np.ndarray) -> None:
-        self.policies[layer].expect(worth)
-
-    def demand(self, layer: int, chosen: np.ndarray, phase: str = "decode") -> None:
-        """The tokens of a pass ask a layer for ids: int [T, k] ascending, -1 for none."""
-        policy, room = self.policies[layer], (self.prompt_room if phase == "prefill" else self.room)[layer]
-        if policy.capacity != room:
-            policy.resize(room)
-        for row in chosen:
-            policy.demand(row[row >= 0], counted=phase == "decode")
-
-    @property
-    def counts(self) -> dict[tuple[str, int], list[int]]:
-        """(phase, layer) -> [hits, misses]."""
-        return {("decode", layer): [policy.hits, policy.misses] for layer, policy in self.policies.items()}
-
-    def hits(self, phase: str = "decode") -> int:
-        return sum(hits for (name, _), (hits, _) in self.counts.items() if name == phase)
-
-    def misses(self, phase: str = "decode") -> int:
-        return sum(misses for (name, _), (_, misses) in self.counts.items() if name == phase)
-
-
-def policies_by_layer(
-    name: str,
-    records: Mapping[int, int],
-    room: Mapping[int, int],
-    window: int,
-    prompt_room: Mapping[int, int] | None = None,
-) -> ByLayer:
-    """A policy by its name, for layers of so many neurons with room for so many, during a prompt for `prompt_room`;
-    UsageError for one that is none."""
-    if name not in NEURON_POLICIES:
-        raise UsageError(f"'{name}' is not a policy for neurons.", f"Policies are {', '.join(NEURON_POLICIES)}.")
-    policies = {layer: make_policy(name, count, room[layer], window) for layer, count in records.items()}
-    return ByLayer(policies, prompt_room)

@@ -12,11 +12,18 @@ from ..checkpoint.base import FORMATS, PLAIN
 # of: for those two kinds there are products that take weights straight from memory.
 (
     LINEAR, DEQUANTIZE, FFN, ADD_UP, FFN_LISTED, LINEAR_LISTED, NORM, ROTATE, ATTEND, ABOVE_ZERO, SUREST, SETTLE,
-    LAY_OUT, COPY, PROGRAM,
-) = range(15)  # fmt: skip
+    LAY_OUT, COPY, PROGRAM, GUESS, SPARSE,
+) = range(17)  # fmt: skip
 BLOCKS = tuple(fmt for fmt, (elements, _) in FORMATS.items() if elements > 1)
 DIRECT_BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q4_G64")
 CODES = {fmt: code for code, fmt in enumerate((*PLAIN, *DIRECT_BLOCKS, *(f for f in BLOCKS if f not in DIRECT_BLOCKS)))}
+
+
+def is_direct(fmt: str) -> bool:
+    """Do products of a few tokens take this format's weights as they stand in memory."""
+    return fmt in PLAIN or fmt in DIRECT_BLOCKS
+
+
 ACTS = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5}
 GATED = 8  # added to an activation
 
@@ -69,7 +76,33 @@ S_ADDRESSES, S_STATES, S_READ_IDS, S_READ_AT, S_MISSES, S_READS, S_RIGHT = range
 # Of a policy that foresees: uses of each neuron, float64, or 0 for one that does not; what turns them into steps of
 # worth, float64; and of the demand, float32 scores of all neurons, or 0.
 S_USES, S_SCALE, S_SCORES = range(240, 264, 8)
-SHEET_WORDS = 33
+# Of a demand that is settled, read and computed with one job (`sparse`): what a token adds to the tally, float64, and
+# the tally of each neuron, float64, or 0; the address of how many are named; the reads' flights; the layer's records on
+# the drive; and what comes of it, the blocks that are computed.
+S_ADDS, S_TALLY, S_FOUND, S_FLIGHTS, S_FD, S_BASE, S_GAP, S_DONE = range(264, 328, 8)
+SHEET_WORDS = 41
 SCORE_STEPS, MOST_WORTH = 8, 63  # what a score of one is worth, and from where on all are alike
 WORTH_BITS = 40  # of a rank, below what a neuron is worth: when it was demanded last
 STATE_ABSENT, STATE_NEW, STATE_GUESSED = 1, 2, 4  # had no slot; has got one, which it is yet to reach; was guessed
+
+# Reads that compiled code hands to Linux (`reads`), by byte offsets. The context and its depth; reads under way; what
+# io_getevents fills; the numbers of two system calls; requests so far by the bits of their bytes, int64 [64]; since
+# when there is a read under way.
+F_CONTEXT, F_DEPTH, F_UNDER_WAY, F_EVENTS, F_SUBMIT, F_GETEVENTS, F_BY_BITS, F_SINCE = range(0, 64, 8)
+# Counts: nanoseconds with a read under way, and spent waiting; requests, bytes, bytes asked for; records guessed, and
+# of them those that were needed.
+F_BUSY, F_WAITED, F_REQUESTS, F_BYTES, F_USEFUL, F_GUESSED, F_RIGHT = range(64, 120, 8)
+# The clock's two words. Where bytes between records go, and the most pieces of memory of a read. The batches. Of the
+# guess under way: the sheet of its layer or 0, ids, their number, the addresses of their rows, and the first of these.
+F_CLOCK, F_WASTE, F_MOST, F_BATCHES = 120, 136, 144, 152
+F_GUESS_OF, F_GUESS_IDS, F_GUESS_COUNT, F_GUESS_ROWS, F_GUESS_AT = range(160, 200, 8)
+# For a block of neurons: ids and addresses of what is to be read, of what is copied from and to, biases float32 [2].
+F_IDS, F_AT, F_FROM, F_TO, F_BIASES = range(200, 240, 8)
+FLIGHT_WORDS = 30
+# A batch of reads: not ended; begun; of so many, in so many pieces; failed; of so many records. Arrays for it: requests
+# and behind them their addresses, offsets, sizes, first pieces, pieces.
+B_LEFT, B_BEGUN, B_READS, B_PIECES, B_FAILED, B_RECORDS = range(0, 48, 8)
+B_REQUESTS, B_OFFSETS, B_SIZES, B_FIRST, B_VIEWS = range(48, 88, 8)
+BATCH_WORDS = 11
+EVENT_BYTES = 32
+PREADV = 7  # the kernel's number for a read into several pieces of memory

@@ -61,6 +61,15 @@ def load_double(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
+def store_double(typingctx: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        b.store(args[1], _word(b, args[0], ir.DoubleType()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float64), codegen
+
+
+@intrinsic
 def load_float(typingctx: Any, address: Any) -> Any:
     return types.float32(types.int64), lambda context, b, sig, args: b.load(_word(b, args[0], F32))
 

@@ -90,7 +90,7 @@ class NumbaKernels:
         out: torch.Tensor,
     ) -> None:
         tokens, d = x.shape
-        direct = fmt in PLAIN or fmt in jobs.DIRECT_BLOCKS
+        direct = jobs.is_direct(fmt)
         if isinstance(records, Listed) and (tokens > jobs.DIRECT_TOKENS or not direct):
             records = records.gather()
         if isinstance(records, Listed):

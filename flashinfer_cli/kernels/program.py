@@ -229,6 +229,26 @@ class Program:
         words = surest_words(scores.data_ptr(), n, bias.data_ptr(), slot, most, ids, found, work)
         self._add(words, 0, scores, bias, slot, ids, found, work)
 
+    def guess(self, sheet: np.ndarray) -> None:
+        """Begin to read the neurons that a job before has found, by the sheet of their layer (`sparse.guess`)."""
+        self._add([jobs.GUESS, 0, 0, 0, 0, sheet.ctypes.data, *[0] * 12], 0, sheet)
+
+    def sparse(
+        self, x: torch.Tensor, sheet: np.ndarray, width: int, fmt: str, gated: bool, act: str,
+        bias: tuple[torch.Tensor | None, torch.Tensor | None], out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """out = what one token's neurons contribute, brought by the sheet of their layer (`sparse.sparse_ffn`): records
+        of `width` bytes in a format that products take as it stands; biases of all neurons."""
+        d = x.shape[1]
+        elements, size = FORMATS[fmt]
+        assert x.is_contiguous() and out.is_contiguous() and out.shape == x.shape == (1, d) and d % elements == 0
+        own = d + jobs.PADDING // 4 + 2 + 16
+        words = [
+            jobs.SPARSE, jobs.CODES[fmt], 1, 0, d, sheet.ctypes.data, width, x.data_ptr(), out.data_ptr(), 0, 1, 0,
+            4 * own, jobs.ACTS[act] + jobs.GATED * gated, address(bias[0]), address(bias[1]), 1, d // elements * size,
+        ]  # fmt: skip
+        self._add(words, own + -(-jobs.FFN_CHUNKS * d // self.threads), x, sheet, out, *bias)
+
     def placed(self, scratch: int) -> tuple[int, int]:
         """The address of the jobs with their scratch at `scratch`, and their number."""
         if len(self._words) != len(self._jobs):

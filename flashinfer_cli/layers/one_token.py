@@ -14,18 +14,29 @@ from weakref import ref
 import numpy as np
 import torch
 
+from ..cache.flights import Asked
 from ..cache.kv import KVCache
 from ..kernels.native import NumbaKernels
 from ..kernels.program import Program
 from .attention import Attention
+from .bench import Bench
 from .demand import LowRankPredictor, Named
 from .linear import Linear, Runtime
 from .norm import Norm
-from .rope import Rope
 
 
-class Expect(Protocol):
-    """Who reads neurons before attention has said which."""
+class Sparse(Protocol):
+    """An FFN of which a predictor names the neurons to compute, and where they come from."""
+
+    @property
+    def down_bias(self) -> torch.Tensor | None:
+        """float32 [d]."""
+        ...
+
+    @property
+    def guesses(self) -> bool:
+        """Are any read before attention has said the last word."""
+        ...
 
     def worth_guessing(self) -> bool:
         """Is it worth the while now."""
@@ -41,47 +52,34 @@ class Expect(Protocol):
         adds."""
         ...
 
+    def flight(self, asked: Asked) -> Flight | None:
+        """What lets programs fetch neurons by themselves, where they can."""
+        ...
 
-class Bench:
-    """Places that the blocks of a model share: float32 rows by name and width, the position, the neurons named."""
 
-    def __init__(self) -> None:
-        self.held = np.zeros(1, np.int64)  # the token's position
-        self.found = np.zeros(1, np.int64)  # neurons named
-        self._rows: dict[tuple[str, int], torch.Tensor] = {}
-        self._ids: dict[int, np.ndarray] = {}
-        self._turns: dict[Rope, tuple[tuple[int, int] | None, torch.Tensor, torch.Tensor]] = {}
+class Flight(Protocol):
+    """Jobs of a program that fetch a layer's neurons for one token and compute on them."""
 
-    def row(self, name: str, width: int) -> torch.Tensor:
-        """float32 [1, width], always the same one."""
-        if (name, width) not in self._rows:
-            with torch.inference_mode(False):
-                self._rows[name, width] = torch.zeros(1, width)
-        return self._rows[name, width]
+    @property
+    def guess_ids(self) -> np.ndarray:
+        """int64 [count + 1]: those that `begin` reads."""
+        ...
 
-    def ids(self, count: int) -> np.ndarray:
-        """int64, for so many ids and one more."""
-        if count not in self._ids:
-            self._ids[count] = np.zeros(count + 1, np.int64)
-        return self._ids[count]
+    def begin(self, program: Program) -> None:
+        """Add to a program: read what its jobs have found so far."""
+        ...
 
-    def turn(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the cosines and sines of the position stand."""
-        if rope not in self._turns:
-            cos, sin = (self.row(f"{name} {len(self._turns)}", rope.rotary_dim // 2)[0] for name in ("cos", "sin"))
-            self._turns[rope] = (None, cos, sin)
-        return self._turns[rope][1:]
+    def compute(self, program: Program, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add to a program: out [1, d] = the FFN of x [1, d], for the neurons that its jobs have named."""
+        ...
 
-    def set(self, position: int, rope: Rope | None, rope_length: int) -> None:
-        """The token stands at `position`."""
-        self.held[0] = position
-        if rope is not None:
-            asked, cos, sin = self._turns[rope]
-            if asked != (position, rope_length):
-                here = rope.run(position, 1, rope_length)
-                cos.copy_(here[0][0])
-                sin.copy_(here[1][0])
-                self._turns[rope] = ((position, rope_length), cos, sin)
+    def prepare(self, rt: Runtime) -> bool:
+        """Programs with these jobs run next, for one token; False where they may not."""
+        ...
+
+    def finish(self, x: torch.Tensor, out: torch.Tensor, rt: Runtime) -> bool:
+        """They have run; whether to the end. Where not, `out` is completed here, and what came after it is left out."""
+        ...
 
 
 def fits(attention: object, norms: tuple[Norm | None, ...], rt: Runtime) -> bool:
@@ -102,7 +100,8 @@ def fits(attention: object, norms: tuple[Norm | None, ...], rt: Runtime) -> bool
 class OneToken:
     """Attention of a block, its norms and residual, and what its FFN's predictor names, for one token.
 
-    `predictor` is the FFN's, where it has one.
+    `predictor` is the FFN's, where it has one, and `sparse` that FFN; where programs can fetch its neurons, it is
+    computed with the rest.
     """
 
     attention: Attention
@@ -111,39 +110,53 @@ class OneToken:
     ffn_norm: Norm
     predictor: LowRankPredictor | None
     bench: Bench
-    expect: Expect | None = None
+    sparse: Sparse | None = None
+    ffn_post_norm: Norm | None = None
     _steps: list[Program | Callable[[Runtime], object]] = field(default_factory=list)
     _kv: Callable[[], KVCache | None] = lambda: None  # the cache of keys and values,
     _changes: int = -1  # and the state of what is pinned, that the steps are for
     _hits: int = 0  # slices that programs use
     _guess: Program | None = None  # what the predictor says of the input without what attention adds
+    _flight: Flight | None = None
+    _barred: bool = False  # the drive does not take a program's reads
+    _last: Program | None = None  # what follows the FFN
 
     def __call__(
         self, x: torch.Tensor, kv: KVCache, rope_length: int, rt: Runtime
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [1, d] -> it with what attention adds, and the input of the FFN, both in places that are used again."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [1, d] -> it with what attention adds, and the input of the FFN, both in places that are used again; or
+        with what all of the block adds, and None."""
         row = self.bench.row("x", x.shape[1])
         if x is not row:
             row.copy_(x)
         if self._changes != rt.feed.changes or self._kv() is not kv:
-            self._steps, self._hits = [], 0
-            self._write(row, kv, rt)
-            self._kv, self._changes = ref(kv), rt.feed.changes
+            self._write_anew(row, kv, rt)
         self.bench.set(kv.length, self.attention.rope, rope_length)
         if self._hits:
             rt.recorder.cache(self._hits, 0)
-        if self._guess is not None and self.expect is not None and self.expect.worth_guessing():
+        if self._flight is not None and not self._flight.prepare(rt):
+            self._barred = True
+            self._write_anew(row, kv, rt)
+        if self._guess is not None and self.sparse is not None and self.sparse.worth_guessing():
             assert self.predictor is not None
             with rt.recorder.computing():
                 rt.kernels.run(self._guess)  # type: ignore[attr-defined]
-            self.expect.expect_named(self._ids)
+            if self._flight is None:
+                self.sparse.expect_named(self._ids)
         for step in self._steps:
             if isinstance(step, Program):
                 with rt.recorder.computing():
                     rt.kernels.run(step)  # type: ignore[attr-defined]
             else:
                 step(rt)
-        return row, self.bench.row("h", x.shape[1])
+        h = self.bench.row("h", x.shape[1])
+        if self._flight is None:
+            return row, h
+        if not self._flight.finish(h, self.bench.row("f", x.shape[1]), rt):
+            assert self._last is not None
+            with rt.recorder.computing():
+                rt.kernels.run(self._last)  # type: ignore[attr-defined]
+        return row, None
 
     @property
     def named(self) -> Named:
@@ -156,17 +169,30 @@ class OneToken:
         return self.bench.ids(len(self.predictor.bias))[: self.bench.found[0]].copy()
 
     # ---- writing it down
+    def _write_anew(self, x: torch.Tensor, kv: KVCache, rt: Runtime) -> None:
+        self._steps, self._hits, self._guess, self._flight = [], 0, None, None
+        self._write(x, kv, rt)
+        self._kv, self._changes = ref(kv), rt.feed.changes
+
     def _write(self, x: torch.Tensor, kv: KVCache, rt: Runtime) -> None:
         attention, bench, d = self.attention, self.bench, x.shape[1]
         hd, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
         keys, values = kv.keys[attention.layer], kv.values[attention.layer]
         h, out = bench.row("h", d), bench.row("out", d)
-        if self.expect is not None and self.predictor is not None:
-            self._predict(x, h, rt)
-            self._guess, bias, (slot, most) = self._program(rt), self.predictor.bias, self.expect.absent
-            ids, work = bench.ids(len(bias)), bench.ids(2 * len(bias))
-            self._guess.surest(self._scores, bias, slot, most, ids, bench.found, work)
-            self._steps.clear()
+        if self.sparse is not None and self.predictor is not None:
+            count = len(self.predictor.bias)
+            asked = Asked(bench.ids(count), bench.found, self._scores[0].numpy())
+            post = self.ffn_post_norm
+            if not self._barred and (post is None or post.kind == "rms"):
+                self._flight = self.sparse.flight(asked)
+            if self.sparse.guesses:
+                self._predict(x, h, rt)
+                self._guess, bias, (slot, most) = self._program(rt), self.predictor.bias, self.sparse.absent
+                ids = asked.ids if self._flight is None else self._flight.guess_ids[: count + 1]
+                self._guess.surest(self._scores, bias, slot, most, ids, bench.found, bench.ids(2 * count))
+                if self._flight is not None:
+                    self._flight.begin(self._guess)
+                self._steps.clear()
         self._norm(self.attn_norm, x, h, rt)
         widths = heads * hd, kv_heads * hd, kv_heads * hd
         joint = bench.row("qkv", sum(widths))
@@ -191,6 +217,20 @@ class OneToken:
         if self.predictor is not None:
             scores, count = self._scores, len(self.predictor.bias)
             self._program(rt).above_zero(scores, self.predictor.bias, bench.ids(count), bench.found)
+        if self._flight is not None:
+            f, steps = bench.row("f", d), self._steps
+            self._flight.compute(self._program(rt), h, f)
+            self._add_ffn(x, f, rt)
+            self._steps = []
+            self._add_ffn(x, f, rt)  # once more, by itself
+            self._last, self._steps = self._program(rt), steps
+
+    def _add_ffn(self, x: torch.Tensor, f: torch.Tensor, rt: Runtime) -> None:
+        if self.sparse is not None and self.sparse.down_bias is not None:
+            self._program(rt).add(f, self.sparse.down_bias)
+        if self.ffn_post_norm is not None:
+            self._norm(self.ffn_post_norm, f, f, rt)
+        self._program(rt).add(x, f)
 
     @property
     def _scores(self) -> torch.Tensor:

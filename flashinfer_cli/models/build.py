@@ -13,17 +13,19 @@ from ..config import MlaConfig, ModelConfig, RunConfig
 from ..device import Device
 from ..errors import CorruptCheckpointError
 from ..layers.attention import Attention
+from ..layers.bench import Bench
 from ..layers.demand import Demand, LowRankPredictor
 from ..layers.embedding import Embedding
-from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
+from ..layers.ffn import DenseFfn, RecordFfn
 from ..layers.latent import LatentAttention
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import Predictor, TokenRouter
 from ..layers.moe import MoeFfn
 from ..layers.norm import Norm
-from ..layers.one_token import Bench, OneToken, fits
+from ..layers.one_token import OneToken, fits
 from ..layers.recurrent import Lstm
 from ..layers.rope import Rope
+from ..layers.sparse_ffn import SparseFfn
 from ..plan import MemoryPlan
 from .ahead import Maps
 from .build_experts import ExpertBuilder, has_experts
@@ -223,10 +225,11 @@ class Builder:
         assert isinstance(attention, Attention) and block.ffn_norm is not None
         demand = block.ffn.demand if isinstance(block.ffn, SparseFfn) else None
         predictor = demand if isinstance(demand, LowRankPredictor) else None
-        expect = block.ffn if isinstance(block.ffn, SparseFfn) and predictor is not None and block.ffn.guesses else None
+        sparse = block.ffn if isinstance(block.ffn, SparseFfn) and predictor is not None else None
         return OneToken(
-            attention, block.attn_norm, block.attn_post_norm, block.ffn_norm, predictor, self._bench, expect
-        )
+            attention, block.attn_norm, block.attn_post_norm, block.ffn_norm, predictor, self._bench, sparse,
+            block.ffn_post_norm,
+        )  # fmt: skip
 
     def build(
         self,

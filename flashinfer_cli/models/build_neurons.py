@@ -8,10 +8,11 @@ from ..cache.neurons import NeuronCache
 from ..cache.pinned import Pinned
 from ..cache.slots import NeuronFile
 from ..cache.window import deal, make_policy
-from ..config import NEURON_BLOCK, NEURON_GUESSES, RunConfig
+from ..config import FEW_TOKENS, NEURON_BLOCK, NEURON_GUESSES, RunConfig
 from ..layers.demand import Demand
-from ..layers.ffn import RecordFfn, SparseFfn
+from ..layers.ffn import RecordFfn
 from ..layers.linear import Runtime
+from ..layers.sparse_ffn import SparseFfn
 from ..plan import MemoryPlan
 from .layout import LayerLayout, ModelLayout
 
@@ -63,4 +64,5 @@ class NeuronBuilder:
         if isinstance(self.cache, Pinned):
             homes = [part.slice.home.view(part.rows, -1) for part in layer.record_parts if part.slice.home is not None]
             self.cache.homes[index] = (homes, layer.record_parts[0].rows)
-        return SparseFfn(index, dense, self.predictors[index], self.cache, layer.records.count)
+        few = min(FEW_TOKENS, self.run.logit_rows)
+        return SparseFfn(index, dense, self.predictors[index], self.cache, layer.records.count, few)

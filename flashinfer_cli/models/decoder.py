@@ -14,7 +14,7 @@ from ..cache.slices import Slice
 from ..config import ModelConfig
 from ..layers.attention import Attention
 from ..layers.embedding import Embedding
-from ..layers.ffn import DenseFfn, RecordFfn, SparseFfn
+from ..layers.ffn import DenseFfn, RecordFfn
 from ..layers.latent import LatentAttention
 from ..layers.linear import Linear, Runtime
 from ..layers.mod import TokenRouter
@@ -22,6 +22,7 @@ from ..layers.moe import FirstGuess, MoeFfn
 from ..layers.norm import Norm
 from ..layers.one_token import OneToken
 from ..layers.recurrent import Lstm
+from ..layers.sparse_ffn import SparseFfn
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Block:
         """x [1, d] -> the same, in a place that is used again."""
         assert self.ffn is not None
         x, h = one(x, kv, rope_length, rt)
+        if h is None:
+            return x
         if isinstance(self.ffn, SparseFfn) and self.ffn.demand is one.predictor:
             f = self.ffn.of_named(h, one.named, rt)
         else:
@@ -124,6 +127,7 @@ class Decoder:
         self.blocks = tuple(blocks)
         # A prompt's tokens part among experts, so that it asks for blocks of memory of ever other sizes.
         self.has_experts = any(isinstance(block.ffn, MoeFfn) for block in self.blocks)
+        self._by_programs = any(isinstance(b.ffn, SparseFfn) and b.ffn.by_programs for b in self.blocks)
         self.project_out = project_out
         self.final_norm = final_norm
         self.head = head
@@ -180,7 +184,7 @@ class Decoder:
         kv.check_room(tokens)
         end = kv.length + tokens
         rt.recorder.layer = -1
-        rt.share_cores(little=rt.mode.decoding)
+        rt.share_cores(little=rt.mode.decoding, alone=self._by_programs and not self.streamed)
         x = self.embedding(ids, rt)
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale

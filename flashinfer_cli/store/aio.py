@@ -48,7 +48,7 @@ class Aio:
     `begin` when it is handed over, as far as there is room, and `end` waits for it."""
 
     def __init__(self, context: ctypes.c_ulong, calls: tuple[int, int, int, int], depth: int) -> None:
-        self._context, self._calls, self.depth = context, calls, depth
+        self._context, self.calls, self.depth = context, calls, depth
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._syscall.restype = ctypes.c_long
         self._events = np.zeros(depth, EVENT)
@@ -69,9 +69,14 @@ class Aio:
             return None
         return cls(context, calls, depth)
 
+    @property
+    def context(self) -> int:
+        """For compiled code that makes the same calls (`kernels.reads`); then nobody else is to use this one."""
+        return self._context.value
+
     def close(self) -> None:
         """Returns when what is under way has ended."""
-        self._syscall(ctypes.c_long(self._calls[1]), self._context)
+        self._syscall(ctypes.c_long(self.calls[1]), self._context)
         self._batches.clear()
 
     def read(self, fd: int, offsets: np.ndarray, first: np.ndarray, views: np.ndarray) -> np.ndarray:
@@ -120,7 +125,7 @@ class Aio:
         while batch.begun < len(batch.jobs) and self._flight < self.depth:
             room = min(len(batch.jobs) - batch.begun, self.depth - self._flight)
             done = self._syscall(
-                ctypes.c_long(self._calls[2]), self._context, ctypes.c_long(room),
+                ctypes.c_long(self.calls[2]), self._context, ctypes.c_long(room),
                 ctypes.c_void_p(batch.pointers.ctypes.data + 8 * batch.begun),
             )  # fmt: skip
             if done > 0:
@@ -143,7 +148,7 @@ class Aio:
         open_ = batch.left - (len(batch.jobs) - batch.begun)  # of it, under way
         least = 0 if not wait else max(1, min(open_ if batch.begun == len(batch.jobs) else 1, self.depth))
         arrived = self._syscall(
-            ctypes.c_long(self._calls[3]), self._context, ctypes.c_long(least), ctypes.c_long(self.depth),
+            ctypes.c_long(self.calls[3]), self._context, ctypes.c_long(least), ctypes.c_long(self.depth),
             ctypes.c_void_p(self._events.ctypes.data), None if wait else ctypes.byref(NOW),
         )  # fmt: skip
         if arrived <= 0:

@@ -117,7 +117,7 @@ class FlashStore:
         what is `urgent` goes before all that is queued. `base` and `width` are multiples of `scatter.SECTOR`.
         """
         gap = max(0, GAP_BYTES // width)
-        pieces = self._lay_out(ids, addresses, width, base, gap, memory, self._waste(gap * width))
+        pieces = self._lay_out(ids, addresses, width, base, gap, memory, self.waste(gap * width))
         count = len(pieces)
         batch = self.reader.begin(path, pieces) if count else None
         if batch is not None:
@@ -129,7 +129,7 @@ class FlashStore:
         self._enqueue([(ticket, path, pieces.part(i, batches), None) for i in range(batches)], urgent)
         return ticket
 
-    def _waste(self, nbytes: int) -> np.ndarray:
+    def waste(self, nbytes: int) -> np.ndarray:
         """A place for bytes between records that nobody wants."""
         if len(self._waste_bytes) < nbytes:
             from ..device import allocate
@@ -247,6 +247,12 @@ class FlashStore:
         ticket.error = ticket.error or error
         ticket._left -= 1
         return ticket if ticket._left == 0 else None
+
+    def was_busy(self, seconds: float) -> None:
+        """Reads that compiled code made were under way for so long; while others are, that time counts as theirs."""
+        with self._state:
+            if not self._in_flight:
+                self.recorder.busy(seconds)
 
     def tick(self) -> None:
         """Credit reading time up to now to the phase that is current: called where one phase gives way to another."""

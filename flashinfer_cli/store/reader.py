@@ -28,6 +28,7 @@ class Reader:
         self._lock = threading.Lock()
         self._callers: Aio | None = None  # what `begin` hands reads to, once it is asked for
         self._asked = False
+        self._lent: list[Aio] = []  # to compiled code
 
     def read(self, path: Path, offset: int, target: memoryview) -> None:
         """Fill `target` from `offset` on, as far as the file goes; both aligned to ALIGN.
@@ -103,8 +104,16 @@ class Reader:
         self._check(path, pieces, got, True)
         return True
 
+    def lend(self) -> Aio | None:
+        """One for compiled code alone, closed with this; None where there is none."""
+        aio = Aio.open(CALLERS_DEPTH)
+        self._lent += [] if aio is None else [aio]
+        return aio
+
     def close(self) -> None:
         """Let what callers began end, and close the files."""
+        while self._lent:
+            self._lent.pop().close()
         if self._callers is not None:
             self._callers.close()
             self._callers = None

@@ -1,0 +1,216 @@
+"""Demands of neurons that a program settles, reads and computes by itself: all as their plain twin does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sparse_bundle import decoded, reads, slots_of
+from stored_weights import weights
+
+from flashinfer_cli.cache.flights import Asked
+from flashinfer_cli.cache.neurons import NeuronCache
+from flashinfer_cli.cache.slots import NeuronFile
+from flashinfer_cli.cache.window import make_policy
+from flashinfer_cli.config import NEURON_POLICIES
+from flashinfer_cli.device import resolve
+from flashinfer_cli.errors import CorruptCheckpointError
+from flashinfer_cli.kernels import jobs
+from flashinfer_cli.kernels.native import NumbaKernels
+from flashinfer_cli.kernels.program import Program
+from flashinfer_cli.recorder import Recorder
+from flashinfer_cli.store.flash import FlashStore
+from flashinfer_cli.store.reader import Reader
+
+D, COUNT, BLOCK, GUESSES, SLOTS = 128, 90, 8, 10, 30
+
+
+class Layer:
+    """One layer of neurons on the drive, run by programs or call by call."""
+
+    def __init__(self, numba: NumbaKernels, cache: NeuronCache, fmt: str, gated: bool, seed: int = 0) -> None:
+        self.numba, self.cache, self.format, self.gated = numba, cache, fmt, gated
+        self.width = cache.layers[0].file.width
+        self.asked = Asked(np.zeros(COUNT + 1, np.int64), np.zeros(1, np.int64), np.zeros(COUNT, np.float32))
+        torch.manual_seed(seed)
+        self.x, self.out = torch.randn(1, D), torch.zeros(1, D)
+        self.bias = torch.randn(COUNT) if gated else None, torch.randn(COUNT)
+        assert cache.flights is not None
+        self.sheet = cache.flights.sheet(cache.layers[0], self.asked)
+        self.guess, self.rest = Program(numba.threads), Program(numba.threads)
+        self.guess.guess(self.sheet)
+        self.rest.sparse(self.x, self.sheet, self.width, fmt, gated, "relu", self.bias, self.out)
+        self.rest.add(self.out, torch.ones(1, D))
+
+    def by_program(self, ids: np.ndarray, guessed: np.ndarray, scores: np.ndarray, fd: int | None = None) -> bool:
+        """Whether it came to its end; `fd`: what its reads go to instead of the file."""
+        flights, asked = self.cache.flights, self.asked
+        assert flights is not None and self.cache.prepare(0, asked)
+        if fd is not None:
+            self.sheet[jobs.S_FD // 8] = fd
+        if len(guessed):
+            flights.guess_ids[: len(guessed)], asked.found[0] = guessed, len(guessed)
+            self.numba.run(self.guess)
+        asked.ids[: len(ids)], asked.found[0], asked.scores[:] = ids, len(ids), scores
+        self.numba.run(self.rest)
+        left = self.cache.finish(0, asked)
+        for block, records in left or ():
+            self._compute(block, records)
+        if left is not None:
+            self.out += 1
+        return left is None
+
+    def by_calls(self, ids: np.ndarray, guessed: np.ndarray, scores: np.ndarray) -> None:
+        if len(guessed):
+            self.cache.guess_ids(0, guessed)
+        self.cache.recorder.neurons(0, len(ids), COUNT)
+        self.out.zero_()
+        for block, records in self.cache.fetch(0, ids, scores):
+            self._compute(block, records)
+        self.out += 1
+        self.cache.settle()  # these count reads that have ended
+
+    def _compute(self, block: np.ndarray, records: object) -> None:
+        bias = tuple(None if each is None else each[block] for each in self.bias)
+        self.numba.ffn_records(self.x, records, self.format, self.gated, "relu", bias, self.out)
+
+
+@contextmanager
+def layer_of(
+    tmp_path: Path, numba: NumbaKernels, policy: str = "foresight", fmt: str = "F16", gated: bool = False
+) -> Iterator[Layer]:
+    path, parts = tmp_path / "f", [weights(fmt, COUNT, D, seed)[0].numpy() for seed in range(2 + gated)]
+    if not path.exists():
+        records = np.concatenate(parts, 1)
+        padded = np.zeros((COUNT, -(-records.shape[1] // 512) * 512), np.uint8)
+        padded[:, : records.shape[1]] = records
+        path.write_bytes(bytes(4096) + padded.tobytes())
+    width = (path.stat().st_size - 4096) // COUNT
+    recorder = Recorder()
+    recorder.phase = "decode"
+    with FlashStore(recorder) as store:
+        files, policies = {0: NeuronFile(path, 4096, COUNT, width)}, {0: make_policy(policy, COUNT, SLOTS, 3)}
+        cache = NeuronCache(store, resolve("cpu"), recorder, files, policies, BLOCK, GUESSES, kernels=numba)
+        yield Layer(numba, cache, fmt, gated)
+
+
+def tokens(count: int, cache: NeuronCache) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ids that a token names, those guessed before, and scores."""
+    random = np.random.default_rng(7)
+    for turn in range(count):
+        share = (0.0, 0.05, 0.3, 0.9)[turn % 4]
+        ids = np.flatnonzero(random.random(COUNT) < share)
+        absent = np.flatnonzero(cache.layers[0].slot < 0)
+        guessed = np.sort(random.permutation(absent)[: GUESSES if turn % 3 else 0])
+        yield ids, guessed, random.standard_normal(COUNT).astype(np.float32)
+
+
+def state(layer: Layer) -> dict[str, object]:
+    """All that a demand leaves behind."""
+    cache, recorder = layer.cache, layer.cache.recorder
+    slots = cache.layers[0]
+    here = np.flatnonzero(slots.slot >= 0)
+    count = recorder.reads["decode", "neuron"]
+    return {
+        "out": layer.out.tolist(), "held": slots.policy.held.tolist(), "last": slots.policy.last.tolist(),
+        "tally": None if slots.policy.tally is None else slots.policy.tally.tolist(), "here": here.tolist(),
+        "records": slots.memory[0][slots.slot[here]].tobytes(), "hits": (slots.policy.hits, slots.policy.misses),
+        "recorded": (recorder.phases["decode"].hits, recorder.phases["decode"].misses, recorder.neuron_guesses),
+        "neurons": dict(recorder.neuron_counts), "wasted": recorder.wasted_bytes,
+        "reads": (count.requests, count.bytes, count.useful), "sizes": dict(recorder.sizes),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", NEURON_POLICIES)
+@pytest.mark.parametrize(("fmt", "gated"), [("F16", False), ("BF16", True), ("Q8_0", True), ("F32", False)])
+def test_a_program_does_what_calls_do(tmp_path, numba, policy, fmt, gated):
+    """Many blocks and few, all here and none, guesses right and wrong: the same bits, slots and counts."""
+    traces: list[list[object]] = [[], []]
+    with layer_of(tmp_path, numba, policy, fmt, gated) as one, layer_of(tmp_path, numba, policy, fmt, gated) as other:
+        for layer, trace in zip((one, other), traces, strict=True):
+            layer.cache.trace = Tracer(trace)
+        for ids, guessed, scores in tokens(40, one.cache):
+            assert one.by_program(ids, guessed, scores)
+            other.by_calls(ids, guessed, scores)
+            mine, plain = state(one), state(other)
+            assert mine == plain, next(name for name in mine if mine[name] != plain[name])
+    assert traces[0] == traces[1] and len(traces[0]) == 80
+    assert 0 < one.cache.recorder.neuron_guesses[1] < one.cache.recorder.neuron_guesses[0]
+
+
+class Tracer:
+    def __init__(self, found: list[object]) -> None:
+        self.found = found
+
+    def expect(self, layer: int, worth: np.ndarray) -> None:
+        self.found.append(worth.tolist())
+
+    def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
+        self.found.append((phase, layer, chosen.tolist()))
+
+
+@pytest.mark.parametrize("holds", [0, 40])
+def test_reads_that_fail_are_made_anew_by_calls(tmp_path, numba, holds):
+    """By a file that holds some of the records only, or none at all; what is computed is the same."""
+    (tmp_path / "short").write_bytes(bytes(4096 + 512 * holds))
+    fd, completed = os.open(tmp_path / "short", os.O_RDONLY | getattr(os, "O_DIRECT", 0)), 0
+    with layer_of(tmp_path, numba) as one, layer_of(tmp_path, numba) as other:
+        content = np.fromfile(tmp_path / "f", np.uint8)[4096:].reshape(COUNT, -1)
+        (tmp_path / "short").write_bytes(bytes(4096) + content[:holds].tobytes())
+        for turn, (ids, guessed, scores) in enumerate(tokens(24, one.cache)):
+            completed += one.by_program(ids, guessed, scores, fd if turn % 2 else None)
+            other.by_calls(ids, guessed, scores)
+            mine, plain = state(one), state(other)
+            for name in ("out", "held", "here", "records", "hits", "tally"):
+                assert mine[name] == plain[name], (turn, name)
+    os.close(fd)
+    assert 12 <= completed < 24
+
+
+def test_a_file_that_has_shrunk_is_told(tmp_path, numba):
+    with layer_of(tmp_path, numba) as layer:
+        none, scores = np.empty(0, np.int64), np.zeros(COUNT, np.float32)
+        layer.by_program(np.arange(10), none, scores)
+        os.truncate(tmp_path / "f", 4096 + 50 * layer.width)
+        with pytest.raises(CorruptCheckpointError, match="shrunk"):
+            layer.by_program(np.arange(30, 70), none, scores)
+        layer.cache._abandon()
+        slots = layer.cache.layers[0]
+        assert slots.slot[50:].max() < 0  # nobody is thought to be here who never came
+        assert layer.by_program(np.arange(10, 40), none, scores)
+
+
+def test_a_program_that_is_interrupted_leaves_no_slot_unread(tmp_path, numba):
+    """As by Ctrl-C behind one whose reads have failed."""
+    (tmp_path / "empty").write_bytes(b"")
+    fd = os.open(tmp_path / "empty", os.O_RDONLY)
+    with layer_of(tmp_path, numba) as one, layer_of(tmp_path, numba) as other:
+        none, scores = np.empty(0, np.int64), np.zeros(COUNT, np.float32)
+        assert one.cache.prepare(0, one.asked)
+        one.sheet[jobs.S_FD // 8] = fd
+        one.asked.ids[:20], one.asked.found[0] = np.arange(20), 20
+        numba.run(one.rest)  # and nobody asks what came of it
+        assert one.by_program(np.arange(5, 30), none, scores)
+        other.by_calls(np.arange(5, 30), none, scores)
+        assert torch.equal(one.out, other.out)
+    os.close(fd)
+
+
+def test_the_same_text_with_and_without_programs(sparse_bundle, monkeypatch):
+    monkeypatch.setattr("flashinfer_cli.cache.neurons.LEAST_MISSED", 1)
+    found = []
+    for neurons in (0, 30, 160):
+        slots_of(monkeypatch, 3 * neurons * 512)
+        for lend in (Reader.lend, lambda self: None):
+            monkeypatch.setattr(Reader, "lend", lend)
+            found.append(decoded(sparse_bundle, stream="always", kernels="compiled"))
+        (mine, report), (plain, other) = found[-2:]
+        assert torch.equal(mine, plain)
+        assert (report.decode.hits, report.decode.misses) == (other.decode.hits, other.decode.misses)
+        assert reads(report) == reads(other) and report.wasted_bytes == other.wasted_bytes
+    assert reads(found[0][1]) > reads(found[2][1]) > 0
