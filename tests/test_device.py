@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import subprocess
 import sys
 
 import pytest
+
+from flashinfer_cli import device
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
@@ -29,3 +33,16 @@ print(before, inside, faults())
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, inside, after = map(int, run.stdout.split())
     assert inside * 8 < before and inside * 8 < after, run.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_stands_in_files_is_let_go_of_and_comes_back(tmp_path) -> None:
+    content = os.urandom(8 << 20)
+    (tmp_path / "f").write_bytes(content)
+    with open(tmp_path / "f", "rb") as file:
+        private = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    sum(private[:: mmap.PAGESIZE])
+    before = device.resident_bytes()
+    device.let_go_of_code()
+    assert before - device.resident_bytes() > 7 << 20
+    assert private[:] == content

@@ -34,6 +34,23 @@ def test_norm_is_that_of_float64(kernels: Kernels, shape: tuple[int, ...]) -> No
     assert kernels.name != "numba" or torch.equal(whole.reshape(-1, shape[-1])[-1], row)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 33), (70, 2048)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm_is_that_of_float64(kernels: Kernels, shape: tuple[int, ...], biased: bool) -> None:
+    x, weight, bias = torch.randn(shape) * 3 + 20, torch.randn(shape[-1]), torch.randn(shape[-1])
+    x[0] = 7.0  # of which nothing is left but the bias
+    parts = (weight, bias) if biased else (None, None)
+    out = torch.empty(shape)
+    kernels.layer_norm(x, *parts, 1e-5, out)
+    exact = torch.nn.functional.layer_norm(
+        x.double(), shape[-1:], *(None if p is None else p.double() for p in parts), 1e-5
+    )
+    assert (out - exact).abs().max() < 1e-4
+    row = torch.empty(shape[-1:])
+    kernels.layer_norm(x.reshape(-1, shape[-1])[-1].clone(), *parts, 1e-5, row)
+    assert torch.equal(out.reshape(-1, shape[-1])[-1], row)
+
+
 @pytest.mark.parametrize("hd", [1, 4, 20, 64])
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (1, 5), (3, 2), (2, 7)])
 def test_attention_of_one_token_is_that_of_float64(kernels: Kernels, hd: int, kv_heads: int, group: int) -> None:
@@ -118,7 +135,11 @@ def _steps(engine: Engine, plain: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "index"),
-    [("arcee", 0), ("arcee", 1), *((f, 0) for f in ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"))],
+    [
+        ("arcee", 0),
+        ("arcee", 1),
+        *((f, 0) for f in ("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe", "opt", "nemotron")),
+    ],
 )
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_one_token_gives_the_bits_of_its_plain_twin(tiny: Tiny, family: str, index: int, stream: str) -> None:

@@ -65,6 +65,12 @@ class Kernels(Protocol):
         """out = x / sqrt(mean of x^2 over a row + eps) * weight: x and out float32 [..., d], weight [d]."""
         ...
 
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+    ) -> None:
+        """out = (x - mean) / sqrt(variance over a row + eps) * weight + bias: shapes as in `norm`."""
+        ...
+
     def attend(
         self,
         q: torch.Tensor,

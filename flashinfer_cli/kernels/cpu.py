@@ -53,7 +53,8 @@ def enter(pool: Any, worker: Any) -> None:
     address of a neuron's record, which may stand anywhere. Group is 1.
     ADD_UP, which follows an FFN by itself: out[count floats] += `group` sums at `stride`, one after the other; scratch:
     as many ones.
-    NORM: out[row] = x[row] / rms(x[row]) * weight, of `cols` floats each; the bits of act are epsilon, a float32.
+    NORM: out[row] = x[row] / rms(x[row]) * weight, of `cols` floats each; the bits of act are epsilon, a float32. Where
+    code is 1, LayerNorm, with the bias at `gate bias` or 0.
     ROTATE, of one token: `count` heads of `cols` floats: `tokens` of x, turned where they stand, the rest in halves:
     those at `weight`, turned on their way to out, and those at `gate bias`, to `stride`, both at position [group] (an
     address; 0: none) of heads `part` bytes apart; `scratch` and `up bias` are the cosines and sines of `act`

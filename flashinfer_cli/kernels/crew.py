@@ -60,7 +60,7 @@ from .memory import (
 )
 from .mixes import mix
 from .products import F32, choose, compiled, converted, linear, neurons
-from .tokens import above_zero, attend_heads, norm_rows, rotate_heads
+from .tokens import above_zero, attend_heads, layer_norm_rows, norm_rows, rotate_heads
 
 SPINS = 3000  # turns of waiting for workers that have joined, before the rest of the machine is given a chance
 # Waking a sleeper costs its caller some 20 us and is worth it once it has missed this much, in one job or in several.
@@ -103,7 +103,10 @@ def _help(pool: Any, worker: Any) -> None:
             mix(choose(F32, 2, 1), stride + 4 * first, 4 * count, group, rows, scratch, 0, out + 4 * first, 0)
         elif kind == NORM:
             place = 4 * cols * first
-            norm_rows(rows, cols, x + place, weight, load_float(job + 104), out + place, scratch)
+            if code:
+                layer_norm_rows(rows, cols, x + place, weight, gate_bias, load_float(job + 104), out + place)
+            else:
+                norm_rows(rows, cols, x + place, weight, load_float(job + 104), out + place, scratch)
         elif kind == ROTATE:
             here = 4 * cols * (load_int(group) if group else 0)
             rotate_heads(

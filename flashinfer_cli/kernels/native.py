@@ -130,9 +130,20 @@ class NumbaKernels:
             self._pool.release(shared)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
+        self._norm(x, weight, eps, out, False, None)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+    ) -> None:
+        self._norm(x, weight, eps, out, True, bias)
+
+    def _norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor, layer: bool,
+        bias: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         space, shared = self._pool.take()
         try:
-            words, own = norm_words(x, weight, eps, out)
+            words, own = norm_words(x, weight, eps, out, layer, bias)
             words[SCRATCH] = space.reserve(own * space.threads)
             space.run(*words)
         finally:

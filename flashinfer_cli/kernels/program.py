@@ -76,16 +76,18 @@ def listed_words(
     return words, group * cols
 
 
-def norm_words(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> tuple[list[int], int]:
-    """The job of `Kernels.norm`."""
+def norm_words(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor, layer: bool, bias: torch.Tensor | None
+) -> tuple[list[int], int]:
+    """The job of `Kernels.norm`, or of `layer_norm`, which alone has a bias."""
     d = x.shape[-1]
     rows = x.numel() // d
     assert x.is_contiguous() and out.is_contiguous() and out.shape == x.shape
-    assert weight is None or (weight.shape == (d,) and weight.is_contiguous())
+    assert all(each is None or (each.shape == (d,) and each.is_contiguous()) for each in (weight, bias))
     chunk = max(1, jobs.CHUNK_BYTES // (8 * d))
     words = [
-        jobs.NORM, 0, 0, rows, d, address(weight), 0, x.data_ptr(), out.data_ptr(), 0, chunk, 0, 64, _bits(eps), 0, 0,
-        0, 0,
+        jobs.NORM, int(layer), 0, rows, d, address(weight), 0, x.data_ptr(), out.data_ptr(), 0, chunk, 0, 64,
+        _bits(eps), address(bias), 0, 0, 0,
     ]  # fmt: skip
     return words, 16
 
@@ -160,7 +162,12 @@ class Program:
         self._add(words, own, x, addresses, out)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
-        self._add(*norm_words(x, weight, eps, out), x, weight, out)
+        self._add(*norm_words(x, weight, eps, out, False, None), x, weight, out)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+    ) -> None:
+        self._add(*norm_words(x, weight, eps, out, True, bias), x, weight, bias, out)
 
     def attend(
         self,

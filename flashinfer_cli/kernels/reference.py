@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ..checkpoint.base import FORMATS, PLAIN
 from .activations import ACTIVATIONS
@@ -113,6 +114,11 @@ class ReferenceKernels:
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
         out.copy_(y if weight is None else y * weight)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+    ) -> None:
+        out.copy_(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
 
     def attend(
         self,

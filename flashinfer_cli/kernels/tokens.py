@@ -36,6 +36,28 @@ def norm_rows(rows: Any, n: Any, x: Any, weight: Any, eps: Any, out: Any, scratc
 
 
 @compiled
+def layer_norm_rows(rows: Any, n: Any, x: Any, weight: Any, bias: Any, eps: Any, out: Any) -> None:
+    """out[r] = (x[r] - mean) / sqrt(variance + eps) * weight + bias, these addresses or 0; sums in float64."""
+    for r in range(rows):
+        source, target = x + 4 * n * r, out + 4 * n * r
+        total = 0.0
+        for i in range(n):
+            total += load_float(source + 4 * i)
+        mean, total = total / n, 0.0
+        for i in range(n):
+            off = load_float(source + 4 * i) - mean
+            total += off * off
+        inverse = 1.0 / math.sqrt(total / n + eps)
+        for i in range(n):
+            value = float32((load_float(source + 4 * i) - mean) * inverse)
+            if weight:
+                value *= load_float(weight + 4 * i)
+            if bias:
+                value += load_float(bias + 4 * i)
+            store_float(target + 4 * i, value)
+
+
+@compiled
 def rotate_heads(
     first: Any,
     rows: Any,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels import Kernels
+from ..kernels.program import Program
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,17 @@ class Norm:
     kernels: Kernels
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "layer":
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         x = x.contiguous()
         out = torch.empty_like(x)
-        self.kernels.norm(x, self.weight, self.eps, out)
+        if self.kind == "layer":
+            self.kernels.layer_norm(x, self.weight, self.bias, self.eps, out)
+        else:
+            self.kernels.norm(x, self.weight, self.eps, out)
         return out
+
+    def write(self, program: Program, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add to a program: out = this of x."""
+        if self.kind == "layer":
+            program.layer_norm(x, self.weight, self.bias, self.eps, out)
+        else:
+            program.norm(x, self.weight, self.eps, out)

@@ -82,8 +82,8 @@ class Flight(Protocol):
         ...
 
 
-def fits(attention: object, norms: tuple[Norm | None, ...], rt: Runtime) -> bool:
-    """Can a block with this attention and these norms be written down as programs."""
+def fits(attention: object, rt: Runtime) -> bool:
+    """Can a block with this attention be written down as programs."""
     return (
         isinstance(rt.kernels, NumbaKernels)
         and isinstance(attention, Attention)
@@ -92,7 +92,6 @@ def fits(attention: object, norms: tuple[Norm | None, ...], rt: Runtime) -> bool
         and not attention.norm_all_heads
         and not attention.grouped
         and (attention.rope is None or not attention.rope.varies)
-        and all(norm is None or norm.kind == "rms" for norm in (*norms, attention.q_norm, attention.k_norm))
     )
 
 
@@ -182,9 +181,7 @@ class OneToken:
         if self.sparse is not None and self.predictor is not None:
             count = len(self.predictor.bias)
             asked = Asked(bench.ids(count), bench.found, self._scores[0].numpy())
-            post = self.ffn_post_norm
-            if not self._barred and (post is None or post.kind == "rms"):
-                self._flight = self.sparse.flight(asked)
+            self._flight = None if self._barred else self.sparse.flight(asked)
             if self.sparse.guesses:
                 self._predict(x, h, rt)
                 self._guess, bias, (slot, most) = self._program(rt), self.predictor.bias, self.sparse.absent
@@ -256,7 +253,7 @@ class OneToken:
         return last
 
     def _norm(self, norm: Norm, x: torch.Tensor, out: torch.Tensor, rt: Runtime) -> None:
-        self._program(rt).norm(x, norm.weight, norm.eps, out)
+        norm.write(self._program(rt), x, out)
 
     def _linear(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, rt: Runtime) -> None:
         """In the program where all of it is in memory, else by itself between two."""

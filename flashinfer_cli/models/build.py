@@ -217,10 +217,10 @@ class Builder:
 
     def _one(self, block: Block) -> OneToken | None:
         """The block's attention for one token, where that can be written down."""
-        attention, norms = block.attention, (block.attn_norm, block.attn_post_norm, block.ffn_norm)
+        attention = block.attention
         if block.parallel or not block.norm_first or block.depth is not None or block.ffn is None:
             return None
-        if not fits(attention, norms, self.rt):
+        if not fits(attention, self.rt):
             return None
         assert isinstance(attention, Attention) and block.ffn_norm is not None
         demand = block.ffn.demand if isinstance(block.ffn, SparseFfn) else None
