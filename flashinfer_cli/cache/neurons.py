@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from ..device import Device, allocate, give_back, release_free_memory
+from ..device import Device, allocate, give_back, let_go_of_code, release_free_memory
 from ..kernels import Kernels
 from ..kernels.jobs import STATE_NEW
 from ..kernels.listed import Listed
@@ -105,7 +105,8 @@ class NeuronCache:
             else:
                 layer.give_up()
         if late:
-            release_free_memory()  # what the prompt was computed in
+            release_free_memory()  # what the prompt was computed in, and with
+            let_go_of_code()
         else:
             give_back(self._late)
         return True
