@@ -14,7 +14,8 @@ of the model in every row but the first, which keeps nothing:
     + order       neurons that fire together stand together (not in the paper; Ripple, 2410.19274)
     + recent      slots keep what was demanded last, however long ago, instead of a window; not in the paper
     + foresight   slots keep what the predictor came nearest to naming instead; not in the paper
-    + ahead       the next layer's neurons are read on a guess; not in the paper
+    + ahead       neurons are read on a guess before attention; not in the paper
+    + programs    a layer's demand is settled, read and computed with one call; not in the paper
 
 The parts and the reordered bundle are written beside BUNDLE and removed, or stay in --kept for the next call; --prepare
 does no more than write them. Reads are direct: nothing is in the page cache. The tokens are given, the same for every
@@ -50,7 +51,7 @@ from flashinfer_cli.models import build_neurons
 from flashinfer_cli.models.open import open_model
 from flashinfer_cli.plan import MemoryPlan, Sizes, pin
 
-from .flash_parts import in_parts, take_apart
+from .flash_parts import ByCalls, in_parts, take_apart
 from .machine import drive_rate, emit
 
 WARM = 8  # decoded tokens that are left out: the slots still fill
@@ -64,6 +65,7 @@ class Row:
     keep: str
     apart: bool = False
     ordered: bool = False
+    programs: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -81,6 +83,7 @@ ROWS = (
     Row("+ recent", "slots", ordered=True, options=RECENT),
     Row("+ foresight", "slots", ordered=True, options=(NEAREST, LATE)),
     Row("+ ahead", "slots", ordered=True, options=(NEAREST, ("prefetch_neurons", True))),
+    Row("+ programs", "slots", ordered=True, programs=True, options=(NEAREST, ("prefetch_neurons", True))),
 )
 
 
@@ -213,7 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
         for row in ROWS:
             if given.rows and row.name not in given.rows:
                 continue
-            with arranged(row, given.share, predictors, parted if row.apart else NeuronCache):
+            cache = parted if row.apart else NeuronCache if row.programs else ByCalls
+            with arranged(row, given.share, predictors, cache):
                 options = dict(row.options) | ({"window": given.window} if given.window else {})
                 row = replace(row, options=tuple(options.items()))
                 rows.append(run(ordered if row.ordered else bundle, ids, given.prompt, row))

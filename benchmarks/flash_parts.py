@@ -51,12 +51,20 @@ class _All:
             self.ready = True
 
 
+class ByCalls(NeuronCache):
+    """The neuron cache without programs that fetch by themselves: a call for every step of a demand."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.flights = None
+
+
 def in_parts(parts: dict[tuple[Path, int], list[NeuronFile]]) -> type[NeuronCache]:
     """The neuron cache, reading each part of a neuron from a file of its own."""
 
     staging: dict[str, np.ndarray] = {}
 
-    class PartedCache(NeuronCache):
+    class PartedCache(ByCalls):
         under_way: tuple[_All, ...] = ()
 
         def read(self, file: NeuronFile, ids: np.ndarray, addresses: np.ndarray, memory: tuple[np.ndarray, ...]) -> Any:
