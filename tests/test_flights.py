@@ -32,17 +32,17 @@ D, COUNT, BLOCK, GUESSES, SLOTS = 128, 90, 8, 10, 30
 
 
 class Layer:
-    """One layer of neurons on the drive, run by programs or call by call."""
+    """A layer of neurons on the drive, run by programs or call by call."""
 
-    def __init__(self, numba: NumbaKernels, cache: NeuronCache, fmt: str, gated: bool, seed: int = 0) -> None:
-        self.numba, self.cache, self.format, self.gated = numba, cache, fmt, gated
-        self.width = cache.layers[0].file.width
+    def __init__(self, numba: NumbaKernels, cache: NeuronCache, fmt: str, gated: bool, index: int = 0) -> None:
+        self.numba, self.cache, self.format, self.gated, self.index = numba, cache, fmt, gated, index
+        self.width = cache.layers[index].file.width
         self.asked = Asked(np.zeros(COUNT + 1, np.int64), np.zeros(1, np.int64), np.zeros(COUNT, np.float32))
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         self.x, self.out = torch.randn(1, D), torch.zeros(1, D)
         self.bias = torch.randn(COUNT) if gated else None, torch.randn(COUNT)
         assert cache.flights is not None
-        self.sheet = cache.flights.sheet(cache.layers[0], self.asked)
+        self.sheet = cache.flights.sheet(cache.layers[index], self.asked)
         self.guess, self.rest = Program(numba.threads), Program(numba.threads)
         self.guess.guess(self.sheet)
         self.rest.sparse(self.x, self.sheet, self.width, fmt, gated, "relu", self.bias, self.out)
@@ -51,7 +51,7 @@ class Layer:
     def by_program(self, ids: np.ndarray, guessed: np.ndarray, scores: np.ndarray, fd: int | None = None) -> bool:
         """Whether it came to its end; `fd`: what its reads go to instead of the file."""
         flights, asked = self.cache.flights, self.asked
-        assert flights is not None and self.cache.prepare(0, asked)
+        assert flights is not None and self.cache.prepare(self.index, asked)
         if fd is not None:
             self.sheet[jobs.S_FD // 8] = fd
         if len(guessed):
@@ -59,7 +59,7 @@ class Layer:
             self.numba.run(self.guess)
         asked.ids[: len(ids)], asked.found[0], asked.scores[:] = ids, len(ids), scores
         self.numba.run(self.rest)
-        left = self.cache.finish(0, asked)
+        left = self.cache.finish(self.index, asked)
         for block, records in left or ():
             self._compute(block, records)
         if left is not None:
@@ -68,10 +68,10 @@ class Layer:
 
     def by_calls(self, ids: np.ndarray, guessed: np.ndarray, scores: np.ndarray) -> None:
         if len(guessed):
-            self.cache.guess_ids(0, guessed)
-        self.cache.recorder.neurons(0, len(ids), COUNT)
+            self.cache.guess_ids(self.index, guessed)
+        self.cache.recorder.neurons(self.index, len(ids), COUNT)
         self.out.zero_()
-        for block, records in self.cache.fetch(0, ids, scores):
+        for block, records in self.cache.fetch(self.index, ids, scores):
             self._compute(block, records)
         self.out += 1
         self.cache.settle()  # these count reads that have ended
@@ -82,39 +82,51 @@ class Layer:
 
 
 @contextmanager
+def layers_of(
+    tmp_path: Path, numba: NumbaKernels, kinds: list[tuple[str, bool]], policy: str = "foresight", slots: int = SLOTS,
+    guesses: int = GUESSES,
+) -> Iterator[list[Layer]]:  # fmt: skip
+    """Layers of one cache, by their format and whether they are gated."""
+    files, recorder = {}, Recorder()
+    for index, (fmt, gated) in enumerate(kinds):
+        path = tmp_path / f"f{index}"
+        if not path.exists():
+            parts = [weights(fmt, COUNT, D, 10 * index + part)[0].numpy() for part in range(2 + gated)]
+            records = np.concatenate(parts, 1)
+            padded = np.zeros((COUNT, -(-records.shape[1] // 512) * 512), np.uint8)
+            padded[:, : records.shape[1]] = records
+            path.write_bytes(bytes(4096) + padded.tobytes())
+        files[index] = NeuronFile(path, 4096, COUNT, (path.stat().st_size - 4096) // COUNT)
+    recorder.phase = "decode"
+    with FlashStore(recorder) as store:
+        policies = {index: make_policy(policy, COUNT, slots, 3) for index in files}
+        cache = NeuronCache(store, resolve("cpu"), recorder, files, policies, BLOCK, guesses, kernels=numba)
+        yield [Layer(numba, cache, fmt, gated, index) for index, (fmt, gated) in enumerate(kinds)]
+
+
+@contextmanager
 def layer_of(
     tmp_path: Path, numba: NumbaKernels, policy: str = "foresight", fmt: str = "F16", gated: bool = False
 ) -> Iterator[Layer]:
-    path, parts = tmp_path / "f", [weights(fmt, COUNT, D, seed)[0].numpy() for seed in range(2 + gated)]
-    if not path.exists():
-        records = np.concatenate(parts, 1)
-        padded = np.zeros((COUNT, -(-records.shape[1] // 512) * 512), np.uint8)
-        padded[:, : records.shape[1]] = records
-        path.write_bytes(bytes(4096) + padded.tobytes())
-    width = (path.stat().st_size - 4096) // COUNT
-    recorder = Recorder()
-    recorder.phase = "decode"
-    with FlashStore(recorder) as store:
-        files, policies = {0: NeuronFile(path, 4096, COUNT, width)}, {0: make_policy(policy, COUNT, SLOTS, 3)}
-        cache = NeuronCache(store, resolve("cpu"), recorder, files, policies, BLOCK, GUESSES, kernels=numba)
-        yield Layer(numba, cache, fmt, gated)
+    with layers_of(tmp_path, numba, [(fmt, gated)], policy) as (layer,):
+        yield layer
 
 
-def tokens(count: int, cache: NeuronCache) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def tokens(count: int, layer: Layer, guesses: int = GUESSES) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Ids that a token names, those guessed before, and scores."""
     random = np.random.default_rng(7)
     for turn in range(count):
         share = (0.0, 0.05, 0.3, 0.9)[turn % 4]
         ids = np.flatnonzero(random.random(COUNT) < share)
-        absent = np.flatnonzero(cache.layers[0].slot < 0)
-        guessed = np.sort(random.permutation(absent)[: GUESSES if turn % 3 else 0])
+        absent = np.flatnonzero(layer.cache.layers[layer.index].slot < 0)
+        guessed = np.sort(random.permutation(absent)[: guesses if turn % 3 else 0])
         yield ids, guessed, random.standard_normal(COUNT).astype(np.float32)
 
 
 def state(layer: Layer) -> dict[str, object]:
     """All that a demand leaves behind."""
     cache, recorder = layer.cache, layer.cache.recorder
-    slots = cache.layers[0]
+    slots = cache.layers[layer.index]
     here = np.flatnonzero(slots.slot >= 0)
     count = recorder.reads["decode", "neuron"]
     return {
@@ -135,13 +147,51 @@ def test_a_program_does_what_calls_do(tmp_path, numba, policy, fmt, gated):
     with layer_of(tmp_path, numba, policy, fmt, gated) as one, layer_of(tmp_path, numba, policy, fmt, gated) as other:
         for layer, trace in zip((one, other), traces, strict=True):
             layer.cache.trace = Tracer(trace)
-        for ids, guessed, scores in tokens(40, one.cache):
+        for ids, guessed, scores in tokens(40, one):
             assert one.by_program(ids, guessed, scores)
             other.by_calls(ids, guessed, scores)
             mine, plain = state(one), state(other)
             assert mine == plain, next(name for name in mine if mine[name] != plain[name])
     assert traces[0] == traces[1] and len(traces[0]) == 80
     assert 0 < one.cache.recorder.neuron_guesses[1] < one.cache.recorder.neuron_guesses[0]
+
+
+@pytest.mark.parametrize(("slots", "guesses"), [(30, GUESSES), (0, GUESSES), (30, 0), (COUNT, GUESSES)])
+def test_layers_of_different_widths_share_what_a_program_works_with(tmp_path, numba, slots, guesses):
+    """A guess goes to rows of its layer's width; one that was wrong is under way when the next layer guesses."""
+    kinds = [("F16", False), ("F32", True), ("Q8_0", False)]
+    given = tmp_path, numba, kinds, "foresight", slots, guesses
+    with layers_of(*given) as some, layers_of(*given) as others:
+        assert len({layer.width for layer in some}) == 2
+        for turns in zip(*(tokens(16, layer, guesses) for layer in some), strict=True):
+            for one, other, asked in zip(some, others, turns, strict=True):
+                assert one.by_program(*asked)
+                other.by_calls(*asked)
+                mine, plain = state(one), state(other)
+                assert mine == plain, next(name for name in mine if mine[name] != plain[name])
+
+
+def test_programs_and_calls_guess_to_the_same_rows_by_turns(tmp_path, numba):
+    with layer_of(tmp_path, numba) as one, layer_of(tmp_path, numba) as other:
+        for turn, (ids, guessed, scores) in enumerate(tokens(40, one)):
+            if turn // 3 % 2:
+                one.by_calls(ids, guessed, scores)
+            else:
+                assert one.by_program(ids, guessed, scores)
+            other.by_calls(ids, guessed, scores)
+            mine, plain = state(one), state(other)
+            assert all(mine[name] == plain[name] for name in ("out", "held", "records", "hits", "recorded"))
+
+
+def test_a_program_runs_on_fewer_threads_than_it_was_written_for(tmp_path, compiled):
+    kernels = NumbaKernels(4)
+    with layer_of(tmp_path, kernels) as one, layer_of(tmp_path, kernels) as other:
+        for turn, (ids, guessed, scores) in enumerate(tokens(12, one)):
+            kernels.set_threads(1 + turn % 4)
+            assert one.by_program(ids, guessed, scores)
+            other.by_calls(ids, guessed, scores)
+            assert torch.equal(one.out, other.out)
+    kernels.close()
 
 
 class Tracer:
@@ -161,9 +211,9 @@ def test_reads_that_fail_are_made_anew_by_calls(tmp_path, numba, holds):
     (tmp_path / "short").write_bytes(bytes(4096 + 512 * holds))
     fd, completed = os.open(tmp_path / "short", os.O_RDONLY | getattr(os, "O_DIRECT", 0)), 0
     with layer_of(tmp_path, numba) as one, layer_of(tmp_path, numba) as other:
-        content = np.fromfile(tmp_path / "f", np.uint8)[4096:].reshape(COUNT, -1)
+        content = np.fromfile(tmp_path / "f0", np.uint8)[4096:].reshape(COUNT, -1)
         (tmp_path / "short").write_bytes(bytes(4096) + content[:holds].tobytes())
-        for turn, (ids, guessed, scores) in enumerate(tokens(24, one.cache)):
+        for turn, (ids, guessed, scores) in enumerate(tokens(24, one)):
             completed += one.by_program(ids, guessed, scores, fd if turn % 2 else None)
             other.by_calls(ids, guessed, scores)
             mine, plain = state(one), state(other)
@@ -177,7 +227,7 @@ def test_a_file_that_has_shrunk_is_told(tmp_path, numba):
     with layer_of(tmp_path, numba) as layer:
         none, scores = np.empty(0, np.int64), np.zeros(COUNT, np.float32)
         layer.by_program(np.arange(10), none, scores)
-        os.truncate(tmp_path / "f", 4096 + 50 * layer.width)
+        os.truncate(tmp_path / "f0", 4096 + 50 * layer.width)
         with pytest.raises(CorruptCheckpointError, match="shrunk"):
             layer.by_program(np.arange(30, 70), none, scores)
         layer.cache._abandon()
@@ -199,6 +249,18 @@ def test_a_program_that_is_interrupted_leaves_no_slot_unread(tmp_path, numba):
         assert one.by_program(np.arange(5, 30), none, scores)
         other.by_calls(np.arange(5, 30), none, scores)
         assert torch.equal(one.out, other.out)
+    os.close(fd)
+
+
+def test_a_token_that_never_came_to_its_neurons_leaves_nothing(tmp_path, numba):
+    """As by Ctrl-C while attention's weights come, behind a token whose reads had failed."""
+    (tmp_path / "empty").write_bytes(b"")
+    fd, none, scores = os.open(tmp_path / "empty", os.O_RDONLY), np.empty(0, np.int64), np.zeros(COUNT, np.float32)
+    with layer_of(tmp_path, numba) as one:
+        assert not one.by_program(np.arange(20), none, scores, fd)
+        here = one.cache.layers[0].slot.copy()
+        assert one.cache.prepare(0, one.asked) and one.cache.prepare(0, one.asked)
+        assert np.array_equal(one.cache.layers[0].slot, here) and (here >= 0).sum() == 20
     os.close(fd)
 
 

@@ -1,4 +1,5 @@
-"""A layer's neurons on their way to a token, call by call: the plain twin of what programs do (`kernels.sparse`)."""
+"""A layer's neurons on their way to a token, call by call: the plain twin of what programs do (`kernels.sparse`), and
+the way for all that no program takes: several tokens, cards, buffered reads, reads that failed."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import NEURON_STAGES
-from ..kernels.jobs import STATE_ABSENT, STATE_GUESSED, STATE_NEW
+from ..kernels.jobs import STATE_ABSENT, STATE_ARRIVING, STATE_GUESSED, STATE_NEW
 from ..kernels.listed import Listed
 from ..store.flash import Ticket
 from .pinned import Block
-from .settling import ARRIVING, Settled
+from .settling import Settled
 from .slots import Slots
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Fetch:
             addresses, memory = settled.addresses[part], self._memory(index, index + 1)
             yield settled.ids[part], cache.hand_out(Listed(addresses, layer.file.width, memory))
             if settled.right:
-                kept = np.flatnonzero(settled.states[part] == ARRIVING)
+                kept = np.flatnonzero(settled.states[part] == STATE_ARRIVING)
                 if len(kept):
                     cache.settler.copy(layer, settled.ids[part][kept], addresses[kept], memory)
             self._computed += 1

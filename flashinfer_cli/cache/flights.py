@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import NEURON_STAGES
 from ..kernels import jobs
+from ..kernels.program import Program
 from ..recorder import Recorder
 from ..store.aio import EVENT, Aio
 from ..store.flash import FlashStore
@@ -36,23 +37,24 @@ class Flights:
     """The reads of one cache's compiled demands. `count` neurons at most in a layer; guesses go to `staging`."""
 
     def __init__(
-        self, store: FlashStore, aio: Aio, recorder: Recorder, settler: CompiledSettler, width: int, count: int,
-        guesses: int, staging: np.ndarray,
+        self, store: FlashStore, aio: Aio, recorder: Recorder, settler: CompiledSettler, count: int, guesses: int,
+        staging: np.ndarray,
     ) -> None:  # fmt: skip
         self.store, self.recorder, self.settler = store, recorder, settler
         block = settler.block
-        self.guess_ids = np.zeros(count + 1, np.int64)
-        self._kept: list[object] = [aio]
+        self.guess_ids, self._none = np.zeros(count + 1, np.int64), np.zeros(1, np.int64)
+        self._aio = aio
+        self._kept: list[object] = []
         self._words = np.zeros(jobs.FLIGHT_WORDS, np.int64)
         by_bits = np.zeros(64, np.int64)
         recorder.by_bits.append(by_bits)
         most = [guesses, NEURON_STAGES * block, *[block] * NEURON_STAGES]  # records of each batch
         batches = np.concatenate([self._batch(records) for records in most])
-        rows = staging.ctypes.data + width * np.arange(guesses)
         arrays = {
             jobs.F_EVENTS: np.zeros(aio.depth, EVENT), jobs.F_BY_BITS: by_bits, jobs.F_BATCHES: batches,
-            jobs.F_WASTE: store.waste(max(0, GAP_BYTES // width) * width), jobs.F_GUESS_IDS: self.guess_ids,
-            jobs.F_GUESS_ROWS: rows, jobs.F_GUESS_AT: staging, jobs.F_IDS: np.zeros(block, np.int64),
+            jobs.F_WASTE: store.waste(GAP_BYTES), jobs.F_GUESS_IDS: self.guess_ids,
+            jobs.F_GUESS_ROWS: np.zeros(guesses, np.int64), jobs.F_GUESS_AT: staging,
+            jobs.F_IDS: np.zeros(block, np.int64),
             jobs.F_AT: np.zeros(block, np.int64), jobs.F_FROM: np.zeros(block, np.int64),
             jobs.F_TO: np.zeros(block, np.int64), jobs.F_BIASES: np.zeros(2 * block, np.float32),
         }  # fmt: skip
@@ -86,7 +88,7 @@ class Flights:
     def prepare(self, layer: Slots, asked: Asked) -> bool:
         """A program with the layer's jobs runs next; False where the drive does not take its reads."""
         fd, direct = self.store.reader.files.open_for_sectors(layer.file.path)
-        if not direct or not self.store.reader.batched:
+        if not direct or not self.store.reader.batched or not self._aio.context:
             return False
         sheet, policy = self.settler.sheet(layer), layer.policy
         adds = policy.advance()
@@ -96,6 +98,7 @@ class Flights:
             policy.oldest(),
             asked.ids.ctypes.data,
         )
+        sheet[[jobs.S_ASKED // 8, jobs.S_MISSES // 8, jobs.S_DONE // 8]] = 0  # of the token before
         floats = sheet.view(np.float64)
         floats[jobs.S_ADDS // 8], sheet[jobs.S_FD // 8] = adds, fd
         if isinstance(policy, Foresight):
@@ -108,10 +111,11 @@ class Flights:
         sheet = self.settler.sheet(layer)
         asked, missed, done = (int(sheet[word // 8]) for word in (jobs.S_ASKED, jobs.S_MISSES, jobs.S_DONE))
         layer.policy.count(asked, missed)
-        self._book(layer.file.width)
+        self.book(layer.file.width)
         return asked, missed, done * self.settler.block >= asked
 
-    def _book(self, width: int) -> None:
+    def book(self, width: int) -> None:
+        """Tell the recorder what was read and waited for."""
         counts = self._words[COUNTS]
         busy, waited, requests, nbytes, useful, guessed, right = counts.tolist()
         counts[:] = 0
@@ -121,6 +125,14 @@ class Flights:
             self.store.was_busy(busy / 1e9)
         if guessed:
             self.recorder.neuron_guess(guessed, right, width)
+
+    def drain(self) -> None:
+        """No guess is under way or waited for any more."""
+        if self._words[jobs.F_GUESS_OF // 8] or self._words[jobs.F_UNDER_WAY // 8]:
+            nobody, program = np.zeros(jobs.SHEET_WORDS, np.int64), Program(1)
+            nobody[jobs.S_FOUND // 8], nobody[jobs.S_FLIGHTS // 8] = self._none.ctypes.data, self._words.ctypes.data
+            program.guess(nobody)
+            self.settler.kernels.run(program)
 
     def rest(self, layer: Slots, asked: Asked) -> Settled:
         """The blocks that a demand which ended early has not computed; all that they miss is to be read anew."""

@@ -75,7 +75,7 @@ class NeuronCache:
         self._missed = dict.fromkeys(files, 0)  # what the last token missed of each layer
         self.flights: Flights | None = None  # for demands that programs make
         if isinstance(self.settler, CompiledSettler) and device.is_host and (aio := store.reader.lend()) is not None:
-            self.flights = Flights(store, aio, recorder, self.settler, width, count, guesses, self._staging)
+            self.flights = Flights(store, aio, recorder, self.settler, count, guesses, self._staging)
         self._open: tuple[Slots, Asked] | None = None  # of a program that may be under way
 
     @property
@@ -141,6 +141,10 @@ class NeuronCache:
         self._abandon()
         if self.flights is None or not self.flights.prepare(self.layers[index], asked):
             return False
+        if self._read is not None:  # guessed by calls, to where programs have theirs
+            self._take_guess(-1)
+            self._read.end()
+            self._read = None
         self._open = self.layers[index], asked
         return True
 
@@ -154,10 +158,8 @@ class NeuronCache:
         self._missed[index] = missed
         self.recorder.cache(count - missed, missed)
         self.recorder.neurons(index, count, layer.file.count)
+        self._fetch = None if whole else Fetch(self, layer, self.flights.rest(layer, asked), None)
         self._open = None
-        if whole:
-            return None
-        self._fetch = Fetch(self, layer, self.flights.rest(layer, asked), None)
         return self._fetch
 
     def _abandon(self) -> None:
@@ -165,6 +167,7 @@ class NeuronCache:
             layer, asked = self._open
             self._open = None
             left = self.flights.rest(layer, asked)
+            self.flights.book(layer.file.width)
             layer.release(left.ids[(left.states & STATE_NEW) > 0])
         if self._fetch is not None:
             self._fetch.abandon()
@@ -184,6 +187,8 @@ class NeuronCache:
     def guess_ids(self, index: int, ids: np.ndarray) -> None:
         """Read neurons that are not here, ascending, at most `guesses`, ahead of a demand of layer `index`."""
         self._take_guess(-1)
+        if self.flights is not None:
+            self.flights.drain()
         layer, width = self.layers[index], self.layers[index].file.width
         if len(ids):
             if self._read is not None:  # one that came out wrong may still be under way to there
@@ -198,6 +203,9 @@ class NeuronCache:
         self._take_guess(-1)
         if self._read is not None:
             self._read.wait()
+        if self.flights is not None:
+            self.flights.drain()
+            self.flights.book(max(layer.file.width for layer in self.layers.values()))
 
     def _take_guess(self, index: int) -> Guess | None:
         """The guess if it is of this layer; any other was for nothing."""

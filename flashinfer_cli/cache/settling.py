@@ -13,13 +13,11 @@ import numpy as np
 from ..config import NEURON_STAGES
 from ..device import allocate
 from ..kernels import jobs
-from ..kernels.jobs import STATE_ABSENT, STATE_GUESSED, STATE_NEW
+from ..kernels.jobs import STATE_ABSENT, STATE_ARRIVING, STATE_GUESSED, STATE_NEW
 from ..kernels.listed import Listed
 from ..kernels.native import NumbaKernels
 from .slots import Slots
 from .window import Foresight, worth_of
-
-ARRIVING = STATE_ABSENT | STATE_NEW | STATE_GUESSED  # guessed, and to be copied to a slot of its own
 
 
 @dataclass(frozen=True)
@@ -159,11 +157,11 @@ class CompiledSettler:
         return Settled(ids, addresses, states, self._read_ids[:reads], self._read_at[:reads], missed, right)
 
     def settled(self, layer: Slots, ids: np.ndarray, first: int) -> Settled:
-        """What a demand of `ids`, the last that was settled, came to from its place `first` on, a whole block; nothing
-        counts as guessed, and all that is absent is to be read."""
+        """What a demand of `ids` came to from its place `first` on, a whole block, as copies; nothing counts as
+        guessed, and all that is absent is to be read. No other demand, of any layer, was settled since."""
         left = slice(first, len(ids))
         ids, addresses, states = (each[left].copy() for each in (ids, self._addresses, self._states))
-        arriving = states == ARRIVING
+        arriving = states == STATE_ARRIVING
         addresses[arriving] = layer.address(layer.slot[ids[arriving]])
         states &= ~np.uint8(STATE_GUESSED)
         reads = (states & STATE_ABSENT) > 0

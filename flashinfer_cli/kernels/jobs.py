@@ -84,6 +84,7 @@ SHEET_WORDS = 41
 SCORE_STEPS, MOST_WORTH = 8, 63  # what a score of one is worth, and from where on all are alike
 WORTH_BITS = 40  # of a rank, below what a neuron is worth: when it was demanded last
 STATE_ABSENT, STATE_NEW, STATE_GUESSED = 1, 2, 4  # had no slot; has got one, which it is yet to reach; was guessed
+STATE_ARRIVING = 7  # all of these: to be copied to a slot of its own
 
 # Reads that compiled code hands to Linux (`reads`), by byte offsets. The context and its depth; reads under way; what
 # io_getevents fills; the numbers of two system calls; requests so far by the bits of their bytes, int64 [64]; since

@@ -106,6 +106,7 @@ class NumbaKernels:
         part = d // elements * size
         assert d % elements == 0 and (2 + gated) * part <= width and out.shape == x.shape, (fmt, d, width)
         assert x.is_contiguous() and out.is_contiguous()
+        # `sparse.sparse_ffn` has the same chunks: which neurons are summed together decides the bits
         chunk = max(-(-count // jobs.FFN_CHUNKS), min(jobs.FFN_CHUNK_ROWS, jobs.FFN_CHUNK_BYTES // width), 2)
         chunks = max(1, -(-count // chunk))
         chunk = max(1, -(-count // chunks))  # of equal sizes

@@ -1,4 +1,4 @@
-"""The threads that compiled kernels run on (`cpu` says how they work together), and the memory they share."""
+"""The threads that compiled kernels run on (`crew` says how they work together), and the memory they share."""
 
 from __future__ import annotations
 

@@ -249,12 +249,14 @@ class Program:
         d = x.shape[1]
         elements, size = FORMATS[fmt]
         assert x.is_contiguous() and out.is_contiguous() and out.shape == x.shape == (1, d) and d % elements == 0
+        assert jobs.is_direct(fmt) and (2 + gated) * (d // elements * size) <= width, (fmt, d, width)
+        assert all(b is None or (b.dtype == torch.float32 and b.is_contiguous()) for b in bias)
         own = d + jobs.PADDING // 4 + 2 + 16
         words = [
             jobs.SPARSE, jobs.CODES[fmt], 1, 0, d, sheet.ctypes.data, width, x.data_ptr(), out.data_ptr(), 0, 1, 0,
             4 * own, jobs.ACTS[act] + jobs.GATED * gated, address(bias[0]), address(bias[1]), 1, d // elements * size,
         ]  # fmt: skip
-        self._add(words, own + -(-jobs.FFN_CHUNKS * d // self.threads), x, sheet, out, *bias)
+        self._add(words, own + jobs.FFN_CHUNKS * d, x, sheet, out, *bias)
 
     def placed(self, scratch: int) -> tuple[int, int]:
         """The address of the jobs with their scratch at `scratch`, and their number."""

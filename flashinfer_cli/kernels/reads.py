@@ -51,7 +51,7 @@ from .products import compiled
 syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 6))
 clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 MONOTONIC = 1  # Linux' number of the clock that time.perf_counter reads
-FRUITLESS = 1000  # calls in a row that a signal may interrupt
+FRUITLESS = 1_000_000  # calls in a row that may bring nothing: interrupted by signals, or refused for good
 
 
 @compiled
@@ -128,9 +128,28 @@ def wait(flights: Any, batch: Any) -> Any:
 
 
 @compiled
+def drop(flights: Any, batch: Any) -> None:
+    """Begin no more of a batch, and wait for what has begun."""
+    later = load_int(batch + B_READS) - load_int(batch + B_BEGUN)
+    _more(batch + B_LEFT, -later)
+    store_int(batch + B_BEGUN, load_int(batch + B_READS))
+    wait(flights, batch)
+
+
+@compiled
+def note(flights: Any) -> None:
+    """What has ended by now is noted, so that the drive does not seem busy until somebody waits."""
+    if load_int(flights + F_UNDER_WAY):
+        _collect(flights, 0)
+
+
+@compiled
 def begin(flights: Any, batch: Any, sheet: Any, n: Any, ids: Any, addresses: Any) -> None:
     """Read n records of the sheet's layer, ids ascending, to their addresses."""
-    wait(flights, batch)  # of one that failed some may still be under way
+    wait(flights, batch)  # a guess that was wrong may still be under way
+    if load_int(batch + B_LEFT) > 0:  # nor does it end: what it works on may not change
+        _more(batch + B_FAILED, 1)
+        return
     store_int(batch + B_READS, 0)
     store_int(batch + B_FAILED, 0)
     if n == 0:

@@ -1,7 +1,7 @@
 """What a token computes on the neurons that its predictor named, as one job: who goes, what is read, and the sum.
 
 The paper's loop (LLM in a Flash, 2312.11514, 3.3) for one layer: delta loads into slots, block by block, each computed
-on while the next is on its way. `cache.neurons.Fetch` is the plain twin: the same reads, the same state of slots and
+on while the next is on its way. `cache.fetch.Fetch` is the plain twin: the same reads, the same state of slots and
 policy, the same bits.
 """
 
@@ -56,16 +56,15 @@ from .jobs import (
     S_STATES,
     S_TALLY,
     S_TIME,
+    S_WIDTH,
     STATE_ABSENT,
+    STATE_ARRIVING,
     STATE_GUESSED,
-    STATE_NEW,
     THREADS,
 )
 from .memory import load_byte, load_double, load_float, load_int, store_double, store_float, store_int
 from .products import compiled
-from .reads import begin, wait
-
-ARRIVING = STATE_ABSENT | STATE_NEW | STATE_GUESSED  # guessed, and to be copied to a slot of its own
+from .reads import begin, drop, note, wait
 
 
 @compiled
@@ -83,7 +82,10 @@ def guess(sheet: Any) -> None:
     found = load_int(load_int(sheet + S_FOUND))
     store_int(flights + F_GUESS_COUNT, found)
     store_int(flights + F_GUESS_OF, sheet if found > 0 else 0)
-    begin(flights, _batch(flights, 0), sheet, found, load_int(flights + F_GUESS_IDS), load_int(flights + F_GUESS_ROWS))
+    rows, at, width = load_int(flights + F_GUESS_ROWS), load_int(flights + F_GUESS_AT), load_int(sheet + S_WIDTH)
+    for i in range(found):
+        store_int(rows + 8 * i, at + width * i)
+    begin(flights, _batch(flights, 0), sheet, found, load_int(flights + F_GUESS_IDS), rows)
 
 
 @compiled
@@ -101,6 +103,7 @@ def _turn(sheet: Any) -> None:
 @compiled
 def _demand(sheet: Any, flights: Any) -> None:
     """What the predictor named is settled, and the reads of the first blocks begun."""
+    note(flights)
     store_int(sheet + S_ASKED, load_int(load_int(sheet + S_FOUND)))
     _turn(sheet)
     mine = load_int(flights + F_GUESS_OF) == sheet
@@ -134,7 +137,7 @@ def _keep(pool: Any, sheet: Any, flights: Any, first: Any, count: Any, width: An
     """Copy what was guessed, and is to stay, to its slot."""
     n, source, target = 0, load_int(flights + F_FROM), load_int(flights + F_TO)
     for i in range(first, first + count):
-        if load_byte(load_int(sheet + S_STATES) + i) == ARRIVING:
+        if load_byte(load_int(sheet + S_STATES) + i) == STATE_ARRIVING:
             slot = load_int(load_int(sheet + S_SLOT) + 8 * load_int(load_int(sheet + S_IDS) + 8 * i))
             store_int(source + 8 * n, load_int(load_int(sheet + S_ADDRESSES) + 8 * i))
             store_int(target + 8 * n, load_int(load_int(sheet + S_PLACES) + 8 * slot))
@@ -162,6 +165,14 @@ def _gathered(sheet: Any, biases: Any, first: Any, count: Any, into: Any) -> Any
 
 
 @compiled
+def _give_up(flights: Any, stages: Any) -> Any:
+    """Read nothing more of this demand, and let what is under way end: the memory will be somebody else's."""
+    for index in range(1, 2 + stages):
+        drop(flights, _batch(flights, index))
+    return False
+
+
+@compiled
 def sparse_ffn(pool: Any) -> Any:
     """The SPARSE job in the pool's words. Where a read fails it ends, with the blocks before it computed (S_DONE), and
     returns False."""
@@ -182,11 +193,12 @@ def sparse_ffn(pool: Any) -> Any:
         count = min(block, asked - first)
         if load_int(sheet + S_RIGHT):
             if not wait(flights, _batch(flights, 0)):
-                return False
+                return _give_up(flights, stages)
             _keep(pool, sheet, flights, first, count, width)  # while the others come
         waits_for = 1 if index < stages else 2 + index % stages
         if not wait(flights, _batch(flights, waits_for)):
-            return False
+            return _give_up(flights, stages)
+        # chunks as `native.ffn_records` has them: which neurons are summed together decides the bits
         chunk = max((count + FFN_CHUNKS - 1) // FFN_CHUNKS, min(FFN_CHUNK_ROWS, FFN_CHUNK_BYTES // width), 2)
         chunks = max(1, (count + chunk - 1) // chunk)
         store_int(job, FFN_LISTED)
@@ -212,4 +224,5 @@ def sparse_ffn(pool: Any) -> Any:
         after = (index + stages) * block
         if after < asked:
             _begin_block(sheet, flights, index + stages, after, min(block, asked - after))
+    note(flights)
     return True

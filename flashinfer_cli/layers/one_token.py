@@ -62,7 +62,7 @@ class Flight(Protocol):
 
     @property
     def guess_ids(self) -> np.ndarray:
-        """int64 [count + 1]: those that `begin` reads."""
+        """int64, for those that `begin` reads and one more; at least [count + 1]."""
         ...
 
     def begin(self, program: Program) -> None:
@@ -158,6 +158,11 @@ class OneToken:
         return row, None
 
     @property
+    def flies(self) -> bool:
+        """Do its programs fetch neurons, without threads that read."""
+        return self._flight is not None
+
+    @property
     def named(self) -> Named:
         """What the predictor said last; its scores until it is asked again."""
         return Named(self._ids, self._scores[0].numpy())
@@ -169,7 +174,7 @@ class OneToken:
 
     # ---- writing it down
     def _write_anew(self, x: torch.Tensor, kv: KVCache, rt: Runtime) -> None:
-        self._steps, self._hits, self._guess, self._flight = [], 0, None, None
+        self._steps, self._hits, self._guess, self._flight, self._last = [], 0, None, None, None
         self._write(x, kv, rt)
         self._kv, self._changes = ref(kv), rt.feed.changes
 

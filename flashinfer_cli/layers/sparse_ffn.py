@@ -87,15 +87,10 @@ class SparseFfn:
         """float32 [d]."""
         return self.dense.down_bias
 
-    @property
-    def by_programs(self) -> bool:
-        """Do programs fetch its neurons, without threads that read."""
-        return isinstance(self.cache, NeuronCache) and self.cache.flights is not None and is_direct(self.dense.format)
-
     def flight(self, asked: Asked) -> SparseFlight | None:
         """What lets programs fetch the neurons named in `asked` by themselves, where they can."""
         cache = self.cache
-        if not isinstance(cache, NeuronCache) or cache.flights is None or not self.by_programs:
+        if not isinstance(cache, NeuronCache) or cache.flights is None or not is_direct(self.dense.format):
             return None
         sheet = cache.flights.sheet(cache.layers[self.layer], asked)
         return SparseFlight(self, asked, cache, cache.flights.guess_ids, sheet)

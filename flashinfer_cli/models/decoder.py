@@ -127,7 +127,6 @@ class Decoder:
         self.blocks = tuple(blocks)
         # A prompt's tokens part among experts, so that it asks for blocks of memory of ever other sizes.
         self.has_experts = any(isinstance(block.ffn, MoeFfn) for block in self.blocks)
-        self._by_programs = any(isinstance(b.ffn, SparseFfn) and b.ffn.by_programs for b in self.blocks)
         self.project_out = project_out
         self.final_norm = final_norm
         self.head = head
@@ -184,7 +183,8 @@ class Decoder:
         kv.check_room(tokens)
         end = kv.length + tokens
         rt.recorder.layer = -1
-        rt.share_cores(little=rt.mode.decoding, alone=self._by_programs and not self.streamed)
+        fly = not self.streamed and any(block.one is not None and block.one.flies for block in self.blocks)
+        rt.share_cores(little=rt.mode.decoding, alone=fly)
         x = self.embedding(ids, rt)
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale

@@ -71,12 +71,13 @@ class Aio:
 
     @property
     def context(self) -> int:
-        """For compiled code that makes the same calls (`kernels.reads`); then nobody else is to use this one."""
+        """For compiled code that makes the same calls (`kernels.reads`), and then for nobody else; 0: closed."""
         return self._context.value
 
     def close(self) -> None:
         """Returns when what is under way has ended."""
         self._syscall(ctypes.c_long(self.calls[1]), self._context)
+        self._context = ctypes.c_ulong(0)  # another may get the same number
         self._batches.clear()
 
     def read(self, fd: int, offsets: np.ndarray, first: np.ndarray, views: np.ndarray) -> np.ndarray:
