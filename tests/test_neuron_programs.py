@@ -1,0 +1,55 @@
+"""Models whose programs fetch neurons by themselves: the same text as call by call, also where they give way."""
+
+from __future__ import annotations
+
+import torch
+from sparse_bundle import PROMPT, STEPS, decoded, reads, slots_of
+
+import flashinfer_cli as fc
+from flashinfer_cli.store.reader import Reader
+
+
+def test_the_same_text_with_and_without_programs(sparse_bundle, monkeypatch):
+    monkeypatch.setattr("flashinfer_cli.cache.neurons.LEAST_MISSED", 1)
+    found = []
+    for neurons in (0, 30, 160):
+        slots_of(monkeypatch, 3 * neurons * 512)
+        for lend in (Reader.lend, lambda self: None):
+            monkeypatch.setattr(Reader, "lend", lend)
+            found.append(decoded(sparse_bundle, stream="always", kernels="compiled"))
+        (mine, report), (plain, other) = found[-2:]
+        assert torch.equal(mine, plain)
+        assert (report.decode.hits, report.decode.misses) == (other.decode.hits, other.decode.misses)
+        assert reads(report) == reads(other) and report.wasted_bytes == other.wasted_bytes
+    assert reads(found[0][1]) > reads(found[2][1]) > 0
+
+
+def test_programs_give_way_to_calls_when_the_drive_refuses(sparse_bundle, monkeypatch):
+    """As one does whose sectors are larger, found out while decoding."""
+    slots_of(monkeypatch, 3 * 30 * 512)
+    want, _ = decoded(sparse_bundle, stream="always", kernels="compiled")
+    with fc.load(sparse_bundle, context=32, stream="always", kernels="compiled") as engine:
+        session, by_code = engine.session(), []
+        got = [session.prefill(PROMPT)]
+        for index, token in enumerate(STEPS):
+            engine.store.reader.batched = index < 4
+            got.append(session.step(token))
+            by_code.append(sum(map(sum, engine.recorder.by_bits)))
+    assert torch.equal(torch.stack(got), want)
+    assert by_code[2] < by_code[3] == by_code[-1]
+
+
+def test_more_tokens_than_were_planned_for_have_a_prompts_memory(sparse_bundle, monkeypatch):
+    slots_of(monkeypatch, 3 * 30 * 512, late=3 * 20 * 512)
+    for drafted, slots in ((0, 30), (1, 50)):
+        settled = {"draft": "ngram", "speculate": "1"} if drafted else {}
+        with fc.load(sparse_bundle, context=32, stream="always", **settled) as engine:
+            assert engine.neurons is not None
+            session, policy = engine.session(), engine.neurons.layers[0].policy
+            session.prefill(PROMPT, more=True)
+            session.step(7, more=True)
+            assert policy.capacity == 50
+            session.verify([5, 9], more=True)
+            assert policy.capacity == slots
+            session.step(7)
+            assert policy.capacity == 50
