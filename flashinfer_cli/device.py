@@ -133,19 +133,27 @@ def let_go_of_code() -> None:
     """
     if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    madvise, found, own = ctypes.CDLL(None).madvise, None, True
+    madvise = ctypes.CDLL(None).madvise
     try:
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            words = line.split()
-            if not words[0].endswith(":"):  # the head of a mapping: place, permissions, offset, device, inode, file
-                mine = words[1] in ("r-xp", "r--p") and words[4] != "0"
-                found = [int(end, 16) for end in words[0].split("-")] if mine else None
-            elif words[0] == "Anonymous:":
-                own = words[1] != "0"
-            elif words[0] == "Swap:" and found is not None and not own and words[1] == "0":  # relocations may be there
-                madvise(ctypes.c_void_p(found[0]), ctypes.c_size_t(found[1] - found[0]), mmap.MADV_DONTNEED)
+        for start, end in as_in_their_files(Path("/proc/self/smaps").read_text()):
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
     except (OSError, ValueError, IndexError):
         return
+
+
+def as_in_their_files(smaps: str) -> Iterator[tuple[int, int]]:
+    """Of a process's /proc/PID/smaps the mappings of files that it cannot write and has no pages of its own of, neither
+    in memory nor swapped out: what was relocated is not in the file."""
+    found, own = None, True
+    for line in smaps.splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # the head of a mapping: place, permissions, offset, device, inode, file
+            mine = words[1] in ("r-xp", "r--p") and words[4] != "0"
+            found = [int(end, 16) for end in words[0].split("-")] if mine else None
+        elif words[0] == "Anonymous:":
+            own = words[1] != "0"
+        elif words[0] == "Swap:" and found is not None and not own and words[1] == "0":
+            yield found[0], found[1]
 
 
 def peak_bytes() -> int:

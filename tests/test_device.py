@@ -46,3 +46,19 @@ def test_what_stands_in_files_is_let_go_of_and_comes_back(tmp_path) -> None:
     device.let_go_of_code()
     assert before - device.resident_bytes() > 7 << 20
     assert private[:] == content
+
+
+def test_only_what_stands_in_a_file_is_let_go_of() -> None:
+    def mapping(start: int, permissions: str, inode: int, own: int, swapped: int) -> str:
+        sizes = (
+            f"Rss: 8 kB\nAnonymous: {own} kB\nAnonHugePages: 0 kB\nSwap: {swapped} kB\nSwapPss: 0 kB\nLocked: 0 kB\n"
+        )
+        return f"{start:x}000-{start + 1:x}000 {permissions} 00000000 fe:00 {inode} /lib/a.so\n{sizes}VmFlags: rd mr\n"
+
+    code, read_only = mapping(1, "r-xp", 7, 0, 0), mapping(2, "r--p", 7, 0, 0)
+    others = (
+        mapping(3, "r--p", 7, 4, 0), mapping(4, "r--p", 7, 0, 4), mapping(5, "rw-p", 7, 0, 0),
+        mapping(6, "r--p", 0, 0, 0), mapping(7, "r--s", 7, 0, 0),
+    )  # fmt: skip
+    found = list(device.as_in_their_files(code + "".join(others) + read_only))
+    assert found == [(0x1000, 0x2000), (0x2000, 0x3000)]

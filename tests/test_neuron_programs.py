@@ -6,6 +6,7 @@ import torch
 from sparse_bundle import PROMPT, STEPS, decoded, reads, slots_of
 
 import flashinfer_cli as fc
+from flashinfer_cli.kernels.native import NumbaKernels
 from flashinfer_cli.store.reader import Reader
 
 
@@ -37,6 +38,26 @@ def test_programs_give_way_to_calls_when_the_drive_refuses(sparse_bundle, monkey
             by_code.append(sum(map(sum, engine.recorder.by_bits)))
     assert torch.equal(torch.stack(got), want)
     assert by_code[2] < by_code[3] == by_code[-1]
+
+
+def test_threads_wait_awake_where_no_other_reads(sparse_bundle, monkeypatch):
+    """And what a prompt brought back of libraries goes when its tokens are decoded."""
+    awake, gone = [], []
+    monkeypatch.setattr(NumbaKernels, "keep_cores", lambda self, keep: awake.append(keep))
+    monkeypatch.setattr("flashinfer_cli.cache.neurons.let_go_of_code", lambda: gone.append(True))
+    slots_of(monkeypatch, 3 * 30 * 512, late=3 * 20 * 512)
+    for pinned in (False, True):
+        with fc.load(sparse_bundle, context=32, stream="always", kernels="compiled") as engine:
+            if pinned:
+                engine.decoder.keep(engine.decoder.streamed)
+            awake.clear()
+            gone.clear()
+            session = engine.session()
+            session.prefill(PROMPT, more=True)
+            assert not any(awake) and not gone
+            for token in STEPS[:3]:
+                session.step(token, more=True)
+            assert awake[-1] == pinned and len(gone) == 1
 
 
 def test_more_tokens_than_were_planned_for_have_a_prompts_memory(sparse_bundle, monkeypatch):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..kernels.jobs import EVENT_BYTES, PREADV
+
 DEPTH = 64  # reads in flight, of a batch
-PREADV = 7  # the kernel's number for a read into several pieces of memory
 # io_setup, io_destroy, io_submit, io_getevents
 CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}
 IOCB = np.dtype(
@@ -27,6 +28,7 @@ IOCB = np.dtype(
     ]
 )  # fmt: skip
 EVENT = np.dtype([("data", "<u8"), ("obj", "<u8"), ("res", "<i8"), ("res2", "<i8")])
+assert EVENT.itemsize == EVENT_BYTES
 NOW = (ctypes.c_long * 2)(0, 0)  # a timespec: do not wait
 IOVEC = np.dtype([("base", "<u8"), ("len", "<u8")])
 
