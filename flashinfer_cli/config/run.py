@@ -15,7 +15,7 @@ DEFAULT_CONTEXT = 4096
 SMALL_MODEL = 64 * MiB  # bytes of weights; what is below runs at once, on plain torch, where nothing is compiled yet
 MEASURED_MODEL = 512 * MiB  # bytes of weights from which on the drive is worth measuring
 NEURON_BLOCK = 256  # active neurons computed at once, while those of the next blocks are read
-FEW_TOKENS = 32  # at most, of a pass that leaves to neurons the memory that a prompt's pass would take
+FEW_TOKENS = 32  # however many rows of logits a run asks for, see RunConfig.few_tokens
 NEURON_GUESSES = 96  # neurons of a layer read before attention has said which: those of the highest scores
 NEURON_STAGES = 2  # such blocks on their way at once
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
@@ -58,6 +58,11 @@ class RunConfig:
     # and the model is too small to be worth it.
     kernels: Literal["auto", "compiled", "reference"] = "auto"
     revision: str | None = None  # of an org/name on the hub
+
+    @property
+    def few_tokens(self) -> int:
+        """Most tokens of a pass that leaves to neurons what a prompt's pass would take."""
+        return min(FEW_TOKENS, self.logit_rows)
 
     def __post_init__(self) -> None:
         if self.stream not in ("auto", "always", "never"):

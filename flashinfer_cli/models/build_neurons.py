@@ -8,7 +8,7 @@ from ..cache.neurons import NeuronCache
 from ..cache.pinned import Pinned
 from ..cache.slots import NeuronFile
 from ..cache.window import deal, make_policy
-from ..config import FEW_TOKENS, NEURON_BLOCK, NEURON_GUESSES, RunConfig
+from ..config import NEURON_BLOCK, NEURON_GUESSES, RunConfig
 from ..layers.demand import Demand
 from ..layers.ffn import RecordFfn
 from ..layers.linear import Runtime
@@ -64,5 +64,5 @@ class NeuronBuilder:
         if isinstance(self.cache, Pinned):
             homes = [part.slice.home.view(part.rows, -1) for part in layer.record_parts if part.slice.home is not None]
             self.cache.homes[index] = (homes, layer.record_parts[0].rows)
-        few = min(FEW_TOKENS, self.run.logit_rows)
+        few = self.run.few_tokens
         return SparseFfn(index, dense, self.predictors[index], self.cache, layer.records.count, few)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import FEW_TOKENS, NEURON_BLOCK, NEURON_GUESSES, NEURON_STAGES, MiB, ModelConfig, RunConfig
+from ..config import NEURON_BLOCK, NEURON_GUESSES, NEURON_STAGES, MiB, ModelConfig, RunConfig
 from ..layers.attention import SCORE_BYTES
 from ..plan import Sizes
 from ..store.spans import span_of
@@ -82,7 +82,7 @@ def sizes_of(
             ),
             default=0,
         ),
-        few=min(FEW_TOKENS, run.logit_rows),
+        few=run.few_tokens,
         experts_by_layer=tuple(len(extents) for extents in experts),
         experts_per_tok=moe.num_experts_per_tok if moe else 0,
     )
