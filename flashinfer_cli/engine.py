@@ -21,6 +21,7 @@ from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.speculative import Speculator
 from .errors import BudgetError, TokenizerError, UsageError
 from .kernels import select, warm_up
+from .kernels.kept import kept_format_of
 from .layers.linear import Runtime
 from .models.ahead import read_ahead
 from .models.build import Builder
@@ -158,7 +159,8 @@ class Engine:
                 self.neurons = builder.neurons.cache if builder.neurons is not None else None
                 self.store.tick()
             assert self.run.context is not None
-            self._kv = KVCache(model.config, self.run.context, self.device.name)
+            kept = kept_format_of(model.config, self.run.kv_cache_type)
+            self._kv = KVCache(model.config, self.run.context, self.device.name, kept)
         except BaseException:
             self.store.close()
             raise
@@ -241,11 +243,13 @@ class Engine:
     @property
     def exactness(self) -> str:
         """ "sparse" where neurons are skipped or routing prefers what is in the cache, "degraded" where small copies of
-        experts serve, else as the weights are."""
+        experts serve, else as the weights are, and keys and values where they are in blocks."""
         if self.run.degrade > 0:
             return "degraded"
         biased = self.run.cache_bias + self.run.cache_gap > 0 and self.experts is not None
-        return "sparse" if self.sparsity is not None or biased else self.model.exactness
+        if self.sparsity is not None or biased:
+            return "sparse"
+        return "quantized" if self._kv.format == "Q8_0" else self.model.exactness
 
     def report(self) -> RunReport:
         """The account so far."""

@@ -9,21 +9,26 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import ContextError
+from ..kernels.kept import DTYPES, keep, kept_width
 
 
 class KVCache:
-    """Per layer float32 [num_key_value_heads, capacity, head_dim], filled up to `length`. `trim` rewinds
-    (speculation). With latent attention keys are [1, capacity, kv_lora_rank + qk_rope_head_dim], values empty.
+    """Per layer [num_key_value_heads, capacity, head_dim], filled up to `length`, in a format of `kernels.kept`. `trim`
+    rewinds (speculation). With latent attention keys are [1, capacity, kv_lora_rank + qk_rope_head_dim], values empty.
 
     A layer that tokens may skip holds those that did not, and their positions in the sequence.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, device: str, fmt: str = "F32") -> None:
         self.capacity = capacity
         self.length = 0
+        self.format = fmt
         heads, *widths = config.kv_shape
         self.keys, self.values = (
-            [torch.empty((heads, capacity, width), dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            [
+                torch.empty((heads, capacity, kept_width(fmt, width)), dtype=DTYPES[fmt], device=device)
+                for _ in range(config.num_hidden_layers)
+            ]
             for width in widths
         )
         self._positions: dict[int, list[int]] = {
@@ -49,7 +54,8 @@ class KVCache:
     def append(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [kv_heads, T, head_dim] behind what the layer holds and return all of its keys and values, as views.
+        """Write float32 [kv_heads, T, head_dim] behind what the layer holds and return all of its keys and values as
+        they are kept, as views.
 
         `positions` are those of the T tokens where the layer may be skipped. `length` moves only when every layer has
         had its turn (`advance`).
@@ -58,8 +64,8 @@ class KVCache:
         if positions is not None:
             self._positions[layer] += positions
         end = start + keys.shape[1]
-        self.keys[layer][:, start:end] = keys
-        self.values[layer][:, start:end] = values
+        self.keys[layer][:, start:end] = keep(keys, self.format)
+        self.values[layer][:, start:end] = keep(values, self.format)
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
     def advance(self, tokens: int) -> None:

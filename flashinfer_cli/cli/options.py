@@ -73,6 +73,13 @@ class RunOptions:
             show_default=f"the model's own, at most {DEFAULT_CONTEXT}",
         ),
     ] = RunConfig.context
+    kv_cache_type: Annotated[
+        Literal["f32", "f16", "q8_0"],
+        _memory(
+            "--kv-cache-type",
+            "How keys and values are kept: float32, float16 at half the memory, or blocks of int8 at 27% of it.",
+        ),
+    ] = RunConfig.kv_cache_type
     threads: Annotated[
         int | None,
         _memory("--threads N", "Threads that compute.", min=1, show_default="the cores this process may use"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import UsageError
 from .sizes import MiB
 
+KvCacheType = Literal["f32", "f16", "q8_0"]  # llama.cpp's words
 NEURON_POLICIES = ("foresight", "recent", "window", "frequent")
 EXPERT_POLICIES = ("adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned")
 FORESEEING = frozenset(("adaptive", "foresight"))  # those that go by more than demands
@@ -29,6 +30,7 @@ class RunConfig:
     device: str = "auto"
     stream: Literal["auto", "always", "never"] = "auto"
     context: int | None = None  # tokens the KV cache holds; None: the lesser of the model's own and DEFAULT_CONTEXT
+    kv_cache_type: KvCacheType = "f32"  # how keys and values are kept
     threads: int | None = None  # compute threads; None: the cores this process may use
     io_threads: int | None = None  # reads under way at once; None: what serves the drive best, measured once
     remeasure: bool = False  # measure the drive again
@@ -69,6 +71,9 @@ class RunConfig:
             raise UsageError(f"--stream is '{self.stream}', which is none of auto, always, never.")
         if self.context is not None and self.context < 1:
             raise UsageError(f"--context is {self.context}; it must be at least 1.")
+        if self.kv_cache_type not in get_args(KvCacheType):
+            known = ", ".join(get_args(KvCacheType))
+            raise UsageError(f"--kv-cache-type is '{self.kv_cache_type}', which is none of {known}.")
         if self.prefetch_experts not in ("auto", "off"):
             try:
                 object.__setattr__(self, "prefetch_experts", int(self.prefetch_experts))

@@ -81,8 +81,8 @@ class Kernels(Protocol):
         out: torch.Tensor,
     ) -> None:
         """out[h] = softmax(scale q[h] . keys) values, of one token: q and out float32 [heads, hd], keys and values
-        [kv_heads, S, hd], of which the last `window` positions count. Positions stand side by side, heads of keys and
-        values as far apart as in a cache."""
+        [kv_heads, S, hd] as a cache keeps them (`kept`), of which the last `window` positions count. Positions stand
+        side by side, heads of keys and values as far apart as in a cache."""
         ...
 
     def dequantize(self, weight: torch.Tensor, fmt: str, cols: int) -> torch.Tensor:

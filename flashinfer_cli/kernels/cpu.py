@@ -56,12 +56,13 @@ def enter(pool: Any, worker: Any) -> None:
     NORM: out[row] = x[row] / rms(x[row]) * weight, of `cols` floats each; the bits of act are epsilon, a float32. Where
     code is 1, LayerNorm, with the bias at `gate bias` or 0.
     ROTATE, of one token: `count` heads of `cols` floats: `tokens` of x, turned where they stand, the rest in halves:
-    those at `weight`, turned on their way to out, and those at `gate bias`, to `stride`, both at position [group] (an
-    address; 0: none) of heads `part` bytes apart; `scratch` and `up bias` are the cosines and sines of `act`
-    dimensions, in neighbouring pairs where code is 1.
+    those at `weight`, turned too and kept at out, and those at `gate bias`, at `stride`, both at position [group] (an
+    address; 0: none) of heads `part` bytes apart, in the format of code `width`; `scratch` and `up bias` are the
+    cosines and sines of `act` dimensions, in neighbouring pairs where code is 1.
     ATTEND, of one token: `count` heads of `cols` floats of x, `tokens` of them with one key at `weight` and values
     at `stride`, `part` bytes apart, over `gate bias` + [group] positions, the last `up bias` where that is not 0; the
-    bits of act are the scale; scratch: `code` bytes a head handed out together.
+    bits of act are the scale; scratch: `code` bytes a head handed out together; keys and values are in the format of
+    code `width`.
     ABOVE_ZERO: adds the bias at `weight` to `cols` floats of x; the places of those above zero, to int64 out, and their
     number to [stride].
     SUREST: of `cols` floats of x those above zero with that bias, which is not added to them there,

@@ -60,7 +60,7 @@ from .memory import (
 )
 from .mixes import mix
 from .products import F32, choose, compiled, converted, linear, neurons
-from .tokens import above_zero, attend_heads, layer_norm_rows, norm_rows, rotate_heads
+from .tokens import above_zero, attend_heads, kept_bytes, layer_norm_rows, norm_rows, rotate_heads
 
 SPINS = 3000  # turns of waiting for workers that have joined, before the rest of the machine is given a chance
 # Waking a sleeper costs its caller some 20 us and is worth it once it has missed this much, in one job or in several.
@@ -108,15 +108,15 @@ def _help(pool: Any, worker: Any) -> None:
             else:
                 norm_rows(rows, cols, x + place, weight, load_float(job + 104), out + place, scratch)
         elif kind == ROTATE:
-            here = 4 * cols * (load_int(group) if group else 0)
+            here = kept_bytes(width, cols) * (load_int(group) if group else 0)
             rotate_heads(
                 first, rows, tokens, (count - tokens) // 2, cols, x, weight, gate_bias, out + here, stride + here, part,
-                scratch, up_bias, act, code,
+                scratch, up_bias, act, code, width,
             )  # fmt: skip
         elif kind == ATTEND:
             attend_heads(
                 first, rows, tokens, cols, x, weight, stride, part, gate_bias + (load_int(group) if group else 0),
-                up_bias, act, out, scratch, code,
+                up_bias, act, out, scratch, code, width,
             )  # fmt: skip
         elif kind == ABOVE_ZERO:
             store_int(stride, above_zero(cols, x, weight, out))

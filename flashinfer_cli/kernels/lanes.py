@@ -179,6 +179,26 @@ class Pointer:
     def store(self, offset: Any, value: Lanes) -> None:
         self.builder.store(value.value, self._at(offset, value.type), align=1)
 
+    def store_half(self, offset: Any, value: Lanes) -> None:
+        """A float32 as the nearest float16, of two the even one; what is larger than any becomes infinite."""
+        b = self.builder
+        if converts_half():
+            self.store(offset, Lanes(b, b.bitcast(b.fptrunc(value.value, value._shaped(F16)), value._shaped(I16))))
+            return
+        bits = value.as_bits(I32)
+        sign, magnitude = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
+        # Adding a half leaves the last bits as those of a subnormal float16; an odd last bit rounds up at the middle.
+        small = (magnitude.as_bits(F32) + 0.5).as_bits(I32) + -0x3F000000
+        normal = (magnitude + (((magnitude >> 13) & 1) + (0xFFF - (112 << 23)))) >> 13
+        below, above = (
+            b.icmp_unsigned(test, magnitude.value, magnitude._same(edge))
+            for test, edge in (("<", 113 << 23), (">=", 143 << 23))
+        )
+        is_nan = b.icmp_unsigned(">", magnitude.value, magnitude._same(0x7F800000))
+        special = b.select(is_nan, magnitude._same(0x7E00), magnitude._same(0x7C00))
+        found = b.select(above, special, b.select(below, small.value, normal.value))
+        self.store(offset, Lanes(b, b.trunc((Lanes(b, found) | sign).value, value._shaped(I16))))
+
     def prefetch(self, offset: Any) -> None:
         """Ask for the cache line there; an address that is nobody's does no harm."""
         kind, module = I8.as_pointer(), self.builder.module

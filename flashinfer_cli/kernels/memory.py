@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .lanes import F32, I8, I32, I64
+from .lanes import F32, I8, I32, I64, Lanes, Pointer
 
 read: Any = types.ExternalFunction("read", types.int64(types.int32, types.int64, types.int64))
 memcpy: Any = types.ExternalFunction("memcpy", types.int64(types.int64, types.int64, types.int64))
@@ -78,6 +78,23 @@ def load_float(typingctx: Any, address: Any) -> Any:
 def store_float(typingctx: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         b.store(args[1], _word(b, args[0], F32))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def load_half(typingctx: Any, address: Any) -> Any:
+    """A float16, as float32."""
+    return types.float32(types.int64), lambda context, b, sig, args: Pointer(b, args[0]).half(0).value
+
+
+@intrinsic
+def store_half(typingctx: Any, address: Any, value: Any) -> Any:
+    """A float32, as float16."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        Pointer(b, args[0]).store_half(0, Lanes(b, args[1]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), codegen

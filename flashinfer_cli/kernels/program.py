@@ -15,6 +15,7 @@ import torch
 
 from ..checkpoint.base import FORMATS
 from . import jobs
+from .kept import kept_format, kept_width
 
 SCRATCH = 11  # the place of the scratch's address among a job's words
 
@@ -106,12 +107,13 @@ def attend_words(
     heads, hd = q.shape
     kv_heads, length, _ = keys.shape
     assert q.is_contiguous() and out.is_contiguous() and out.shape == q.shape and heads % kv_heads == 0
-    assert keys.stride() == values.stride() == (keys.stride(0), hd, 1) and keys.dtype == values.dtype == torch.float32
+    fmt = kept_format(keys)
+    assert keys.stride() == values.stride() == (keys.stride(0), kept_width(fmt, hd), 1) and keys.dtype == values.dtype
     chunk, line = -(-heads // threads), 4 * (-(-length // 16) * 16 + 16)
     words = [
-        jobs.ATTEND, line, heads // kv_heads, heads, hd, keys.data_ptr(), 0, q.data_ptr(), out.data_ptr(),
+        jobs.ATTEND, line, heads // kv_heads, heads, hd, keys.data_ptr(), jobs.CODES[fmt], q.data_ptr(), out.data_ptr(),
         values.data_ptr(), chunk, 0, chunk * line, _bits(scale), length if held is None else 1, window or 0,
-        0 if held is None else held.ctypes.data, 4 * keys.stride(0),
+        0 if held is None else held.ctypes.data, keys.element_size() * keys.stride(0),
     ]  # fmt: skip
     return words, chunk * line // 4
 
@@ -193,16 +195,16 @@ class Program:
         interleaved: bool,
         held: np.ndarray,
     ) -> None:
-        """q [heads, hd] is turned where it stands, k [kv_heads, hd] on its way to position held[0] of keys, to which of
-        values v goes; `turn`: cosines and sines, float32 [turned / 2]; None: all stay as they are."""
+        """q [heads, hd] and k [kv_heads, hd] are turned where they stand, then k and v kept at position held[0] of keys
+        and values, in their format; `turn`: cosines and sines, float32 [turned / 2]; None: none is turned."""
         heads, hd = q.shape
         cos, sin = turn or (None, None)
         count, turned = heads + 2 * len(k), 0 if cos is None else 2 * cos.numel()
         assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and keys.stride() == values.stride()
         words = [
-            jobs.ROTATE, int(interleaved), heads, count, hd, k.data_ptr(), 0, q.data_ptr(), keys.data_ptr(),
-            values.data_ptr(), -(-count // self.threads), address(cos), 0, turned, v.data_ptr(), address(sin),
-            held.ctypes.data, 4 * keys.stride(0),
+            jobs.ROTATE, int(interleaved), heads, count, hd, k.data_ptr(), jobs.CODES[kept_format(keys)], q.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), -(-count // self.threads), address(cos), 0, turned, v.data_ptr(),
+            address(sin), held.ctypes.data, keys.element_size() * keys.stride(0),
         ]  # fmt: skip
         self._add(words, 0, q, k, v, keys, values, cos, sin, held)
 

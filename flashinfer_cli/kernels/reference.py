@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..checkpoint.base import FORMATS, PLAIN
 from .activations import ACTIVATIONS
+from .kept import to_floats
 from .listed import Listed
 
 LANES = 16  # 32-bit words of our blocks
@@ -130,8 +131,9 @@ class ReferenceKernels:
         out: torch.Tensor,
     ) -> None:
         low = max(0, keys.shape[1] - window) if window else 0
-        scores = torch.matmul(q.view(len(keys), -1, q.shape[1]), keys[:, low:].transpose(1, 2)).mul_(scale)
-        out.copy_(torch.matmul(scores.softmax(-1), values[:, low:]).view_as(q))
+        seen, found = to_floats(keys[:, low:]), to_floats(values[:, low:])
+        scores = torch.matmul(q.view(len(keys), -1, q.shape[1]), seen.transpose(1, 2)).mul_(scale)
+        out.copy_(torch.matmul(scores.softmax(-1), found).view_as(q))
 
     def dequantize(self, weight: torch.Tensor, fmt: str, cols: int) -> torch.Tensor:
         assert weight.shape[1] == cols // FORMATS[fmt][0] * FORMATS[fmt][1], (weight.shape, fmt, cols)

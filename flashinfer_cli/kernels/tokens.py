@@ -12,12 +12,16 @@ from typing import Any
 from numba import float32
 
 from .dots import MOST_ROWS
-from .memory import load_float, store_float, store_int
+from .jobs import CODES, DIRECT_NEURONS
+from .memory import load_float, load_half, store_byte, store_float, store_half, store_int
 from .mixes import mix
 from .products import F32, choose, compiled, dots, tile_of
 from .softmax import exponentials
 
 NONE = float32(-math.inf)
+F16, Q8_0 = CODES["F16"], CODES["Q8_0"]
+LARGEST_HALF = float32(65504.0)
+TO_WHOLE = float32(1.5 * 2**23)  # added and taken away again, it leaves the nearest whole number, of two the even one
 
 
 @compiled
@@ -58,6 +62,42 @@ def layer_norm_rows(rows: Any, n: Any, x: Any, weight: Any, bias: Any, eps: Any,
 
 
 @compiled
+def kept_bytes(kept: Any, n: Any) -> Any:
+    """Of n elements of keys or values in a format of `kept`: F32, F16 or Q8_0."""
+    return 4 * n if kept == F32 else 2 * n if kept == F16 else n // 32 * 34
+
+
+@compiled
+def _clipped(value: Any, most: Any) -> Any:
+    return min(max(value, -most), most) if value == value else value  # NaN stays
+
+
+@compiled
+def keep(kept: Any, source: Any, n: Any, target: Any) -> None:
+    """n floats at `target`, in the format that keys and values are kept in; as `kept.keep` does."""
+    if kept == F32:
+        for i in range(n):
+            store_float(target + 4 * i, load_float(source + 4 * i))
+    elif kept == F16:
+        for i in range(n):
+            store_half(target + 2 * i, _clipped(load_float(source + 4 * i), LARGEST_HALF))
+    else:
+        for block in range(n // 32):
+            values, into, most = source + 128 * block, target + 34 * block, float32(0.0)
+            for i in range(32):
+                value = abs(load_float(values + 4 * i))
+                if value > most or value != value:
+                    most = value
+            store_half(into, _clipped(most / float32(127.0), LARGEST_HALF))
+            scale = load_half(into)
+            inverse = float32(0.0) if scale == float32(0.0) else float32(1.0) / scale
+            for i in range(32):
+                level = _clipped(load_float(values + 4 * i) * inverse, float32(127.0))
+                whole = (level + TO_WHOLE) - TO_WHOLE
+                store_byte(into + 2 + i, int(whole) if whole == whole else 0)
+
+
+@compiled
 def rotate_heads(
     first: Any,
     rows: Any,
@@ -74,15 +114,15 @@ def rotate_heads(
     sin: Any,
     turned: Any,
     interleaved: Any,
+    kept: Any,
 ) -> None:
-    """Of the heads of q, k and v, one after the other: q's are turned where they stand, k's on their way to `keys`, v's
-    go to `values` as they are. The first `turned` of hd dimensions turn (`layers.rope`); the caches' heads stand
-    head_bytes apart."""
+    """Of the heads of q, k and v, one after the other: q's and k's are turned where they stand, then k's go to `keys`
+    and v's to `values`, in the format `kept`. The first `turned` of hd dimensions turn (`layers.rope`); the caches'
+    heads stand head_bytes apart."""
     half = turned // 2
     for head in range(first, first + rows):
         if head < heads:
-            source = q + 4 * hd * head
-            target, turn = source, half
+            source, target, turn = q + 4 * hd * head, 0, half
         elif head < heads + kv_heads:
             source = k + 4 * hd * (head - heads)
             target, turn = keys + head_bytes * (head - heads), half
@@ -94,11 +134,10 @@ def rotate_heads(
             other = one + 4 if interleaved else 4 * (j + half)
             a, b = load_float(source + one), load_float(source + other)
             c, s = load_float(cos + 4 * j), load_float(sin + 4 * j)
-            store_float(target + one, a * c - b * s)
-            store_float(target + other, b * c + a * s)
-        if target != source:
-            for j in range(2 * turn, hd):
-                store_float(target + 4 * j, load_float(source + 4 * j))
+            store_float(source + one, a * c - b * s)
+            store_float(source + other, b * c + a * s)
+        if target:
+            keep(kept, source, hd, target)
 
 
 @compiled
@@ -117,12 +156,15 @@ def attend_heads(
     out: Any,
     scratch: Any,
     line: Any,
+    kept: Any,
 ) -> None:
     """out[h] = softmax(scale q[h] . keys) values over `length` places, the last `window` of them where that is not 0.
 
     Heads [first, first + rows) of q and out, float32 [.., hd]; `group` of them share a head of keys and values, which
-    stand head_bytes apart. scratch: `line` bytes a head, for 16 floats more than positions.
+    are in the format `kept` and stand head_bytes apart. scratch: `line` bytes a head, for 16 floats more than
+    positions.
     """
+    pitch = kept_bytes(kept, hd)
     low = max(0, length - window) if window else 0
     count = length - low
     padded = (count + 15) // 16 * 16
@@ -131,8 +173,8 @@ def attend_heads(
         head = first + done
         shared = head // group
         some = min(rows - done, (shared + 1) * group - head)
-        place = shared * head_bytes + 4 * hd * low
-        dots(F32, keys + place, 4 * hd, count, q + 4 * hd * head, some, hd, scratch, line, MOST_ROWS)
+        place = shared * head_bytes + pitch * low
+        dots(kept, keys + place, pitch, count, q + 4 * hd * head, some, hd, scratch, line, MOST_ROWS)
         for t in range(some):
             scores, into = scratch + line * t, out + 4 * hd * (head + t)
             for i in range(count, padded):
@@ -144,7 +186,17 @@ def attend_heads(
         while t < some:
             few = tile_of(some - t)
             into = out + 4 * hd * (head + t)
-            mix(choose(F32, 2, few), values + place, 4 * hd, count, hd, scratch + line * t, line, into, 4 * hd)
+            if kept == Q8_0:
+                whole = count // DIRECT_NEURONS * DIRECT_NEURONS
+                for i in range(0, whole, DIRECT_NEURONS):
+                    factors = scratch + line * t + 4 * i
+                    wide = choose(kept, DIRECT_NEURONS, few)
+                    mix(wide, values + place + pitch * i, pitch, DIRECT_NEURONS, hd, factors, line, into, 4 * hd)
+                for i in range(whole, count):
+                    factors = scratch + line * t + 4 * i
+                    mix(choose(kept, 1, few), values + place + pitch * i, pitch, 1, hd, factors, line, into, 4 * hd)
+            else:
+                mix(choose(kept, 2, few), values + place, pitch, count, hd, scratch + line * t, line, into, 4 * hd)
             for one in range(few):
                 inverse = float32(1.0) / load_float(scratch + line * (t + one) + 4 * padded)
                 for i in range(hd):

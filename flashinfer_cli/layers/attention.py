@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from ..cache.kv import KVCache
+from ..kernels.kept import elements, to_floats
 from .linear import Linear, Runtime
 from .norm import Norm
 from .rope import Rope
 
 SCORE_BYTES = 8 << 20  # most scratch for one block of scores
+FLOAT_BYTES = 4 << 20  # of keys, or of values, that are made float32 at a time where they are kept as something else
 LONG = 1 << 19  # keys' and values' elements that are worth all of torch's threads while decoding
 
 
@@ -26,15 +28,16 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last T of S positions: q [heads, T, hd], k [kv_heads, S, hd], v [kv_heads, S, vd] ->
-    [T, heads * vd].
+    """Causal attention of the last T of S positions: q [heads, T, hd], k [kv_heads, S, hd], v [kv_heads, S, vd], these
+    two as a cache keeps them -> [T, heads * vd].
 
     `window`: position i sees j where i - window < j <= i. `softcap`: scores become cap * tanh(score / cap). `sinks`
     [heads]: one more score, of nothing, in every softmax. Queries are taken in blocks, so scratch stays within
     SCORE_BYTES for any length.
     """
     heads, tokens, hd = q.shape
-    kv_heads, length, vd = v.shape
+    kv_heads, length, _ = v.shape
+    vd = elements(v)
     group = heads // kv_heads
     out = q.new_empty(tokens, heads, vd)
     block = max(1, SCORE_BYTES // (4 * heads * length))
@@ -45,7 +48,7 @@ def attend(
         low = max(0, start - window + 1) if window else 0
         keys, values = k[:, low:stop], v[:, low:stop]
         queries = q[:, first:last].reshape(kv_heads, group * (last - first), hd)
-        scores = torch.matmul(queries, keys.transpose(1, 2)).mul_(scale)
+        scores = _scores(queries, keys).mul_(scale)
         if softcap:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if last - first > 1 or (window and stop - low > window):
@@ -55,9 +58,38 @@ def attend(
             if window:
                 hidden |= j <= i - window
             scores.view(kv_heads, group, last - first, stop - low).masked_fill_(hidden, float("-inf"))
-        mixed = torch.matmul(scores.softmax(-1) if sinks is None else _softmax_beside(scores, sinks), values)
+        mixed = _mixed(scores.softmax(-1) if sinks is None else _softmax_beside(scores, sinks), values)
         out[first:last] = mixed.view(heads, last - first, vd).transpose(0, 1)
     return out.view(tokens, heads * vd)
+
+
+def _pieces(kept: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Positions of [kv_heads, S, hd] in order, some at a time, as float32."""
+    kv_heads, length, _ = kept.shape
+    step = length if kept.dtype == torch.float32 else max(1, FLOAT_BYTES // (8 * kv_heads * elements(kept)))
+    for first in range(0, length, step):
+        some = slice(first, first + step)
+        yield some, to_floats(kept[:, some])
+
+
+def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """[kv_heads, rows, hd] times what is kept of [kv_heads, S, hd] -> [kv_heads, rows, S]."""
+    if keys.dtype == torch.float32:
+        return torch.matmul(queries, keys.transpose(1, 2))
+    scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
+    for some, floats in _pieces(keys):
+        scores[..., some] = torch.matmul(queries, floats.transpose(1, 2))
+    return scores
+
+
+def _mixed(shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[kv_heads, rows, S] times what is kept of [kv_heads, S, vd] -> [kv_heads, rows, vd]."""
+    if values.dtype == torch.float32:
+        return torch.matmul(shares, values)
+    mixed = shares.new_zeros(*shares.shape[:2], elements(values))
+    for some, floats in _pieces(values):
+        mixed += torch.matmul(shares[..., some], floats)
+    return mixed
 
 
 def _softmax_beside(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
@@ -172,7 +204,7 @@ class Attention:
             here = torch.arange(keys.shape[1], device=q.device)
             cos, sin = self.rope.cos_sin(here, rope_length)
             q = self.rope.apply(q, cos[-len(q) :], sin[-len(q) :])
-            keys = self.rope.apply(keys.transpose(0, 1), cos, sin).transpose(0, 1)
+            keys = self.rope.apply(to_floats(keys).transpose(0, 1), cos, sin).transpose(0, 1)
         elif rt.mode.decoding and self.is_plain and keys.device.type == "cpu":
             mixed = torch.empty_like(q[0])
             rt.kernels.attend(q[0], keys, values, self.scale, self.window, mixed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..config import NEURON_BLOCK, NEURON_GUESSES, NEURON_STAGES, MiB, ModelConfig, RunConfig
-from ..layers.attention import SCORE_BYTES
+from ..kernels.kept import kept_format_of, kept_nbytes
+from ..layers.attention import FLOAT_BYTES, SCORE_BYTES
 from ..plan import Sizes
 from ..store.spans import span_of
 from .layout import LayerLayout, ModelLayout
@@ -40,6 +41,8 @@ def sizes_of(
         p.nbytes for layer in layout.layers for e in layer.expert_layouts for p in e.values() if p.scales is not None
     )
     joined = 3 * max(packed, default=0)
+    kept = kept_format_of(config, run.kv_cache_type)
+    kv_heads, key, value = config.kv_shape
 
     def scratch(chunk: int) -> int:
         """Activations and temporaries of a pass of `chunk` tokens, counted generously."""
@@ -56,7 +59,7 @@ def sizes_of(
             a_token += heads * 5 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
             if any("kv_b" in layer.matrices for layer in layout.layers):
                 expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
-        expanded += joined
+        expanded += joined + (FLOAT_BYTES if kept != "F32" else 0)
         context = run.context or 0
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
         logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
@@ -67,7 +70,7 @@ def sizes_of(
         always=sum(4 * ref.rows * ref.cols for ref in layout.always.values()),
         slices=spans,
         table=0 if layout.tied else sum(s.span.nbytes for s in layout.embed.slices),
-        kv_per_token=config.kv_bytes_per_token,
+        kv_per_token=config.num_hidden_layers * kv_heads * (kept_nbytes(kept, key) + kept_nbytes(kept, value)),
         scratch=scratch,
         expert=max((span_of(e).nbytes for extents in experts for e in extents), default=0),
         seldom=(*layout.on_demand, *(False for _ in layout.head.slices)),
