@@ -46,12 +46,13 @@ Progress = Callable[[int, int, str], None]
 def plan_model(
     model: OpenModel, layout: ModelLayout, run: RunConfig, device: devices.Device
 ) -> tuple[MemoryPlan, RunConfig]:
-    """The memory plan of a run, and the run with its context settled.
+    """The memory plan of a run, and the run with its context and the type of its cache settled.
 
     Without --context the default shrinks by halves, down to 512 tokens, where the budget asks for it. Raises
     BudgetError.
     """
     longest = model.config.max_position_embeddings or DEFAULT_CONTEXT
+    run = replace(run, kv_cache_type=model.kv_cache_type(run.kv_cache_type))
     wanted = [run.context] if run.context else [min(longest, DEFAULT_CONTEXT >> i) for i in range(4)]
     if run.memory not in (None, "auto"):  # only a tight budget is worth the time
         gc.collect()
@@ -159,8 +160,7 @@ class Engine:
                 self.neurons = builder.neurons.cache if builder.neurons is not None else None
                 self.store.tick()
             assert self.run.context is not None
-            kept = kept_format_of(model.config, self.run.kv_cache_type)
-            self._kv = KVCache(model.config, self.run.context, self.device.name, kept)
+            self._kv = self.new_cache(self.run.context)
         except BaseException:
             self.store.close()
             raise
@@ -186,6 +186,10 @@ class Engine:
         return self.model.checkpoint
 
     # ---- running it
+    def new_cache(self, capacity: int) -> KVCache:
+        """Keys and values of a sequence of up to `capacity` tokens, kept as the run asks for."""
+        return KVCache(self.config, capacity, self.device.name, kept_format_of(self.config, self.run.kv_cache_type))
+
     def session(self) -> Session:
         """A new, empty sequence. It takes over the engine's keys and values from the session before."""
         self._kv.trim(0)

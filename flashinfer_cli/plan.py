@@ -34,6 +34,7 @@ class Sizes:
     slices: tuple[int, ...]
     kv_per_token: int
     scratch: Callable[[int], int]
+    kept: str = "f32"  # how keys and values are
     seldom: tuple[bool, ...] = ()
     demand: int = 0
     neurons: int = 0  # records of layers that have predictors: they take slots instead of being pinned
@@ -252,7 +253,7 @@ def make_plan(
         PlanPart(
             "streaming ring", ring + demand, note="read ahead while computing" if ring else "nothing streams through it"
         ),
-        PlanPart("keys and values", kv, note=f"{context} tokens"),
+        PlanPart("keys and values", kv, note=f"{context} tokens, {sizes.kept}"),
         PlanPart("scratch", sizes.scratch(chunk), note=f"{chunk} tokens at once"),
         PlanPart("reserve", RESERVE),
     ]

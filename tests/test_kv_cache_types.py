@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,14 +148,20 @@ def test_attention_over_what_is_kept_is_that_of_its_float_values(kernels: Kernel
 
 
 @pytest.mark.parametrize("fmt", ["F16", "Q8_0"])
-def test_a_prompt_sees_the_float_values_piece_by_piece(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, kv = torch.randn(4, 7, 32), keep(torch.randn(2, 2, 21, 32), fmt)
-    options = {"scale": 0.2, "window": 9, "softcap": 5.0, "sinks": torch.randn(4)}
+def test_a_prompt_sees_the_float_values_of_some_heads_at_a_time(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, kv = torch.randn(6, 7, 32), keep(torch.randn(2, 3, 21, 32), fmt)
+    options = {"scale": 0.2, "window": 9, "softcap": 5.0, "sinks": torch.randn(6)}
     want = attention.attend(q, *(to_floats(each) for each in kv), **options)
     assert torch.allclose(attention.attend(q, *kv, **options), want, atol=1e-6)
-    monkeypatch.setattr(attention, "FLOAT_BYTES", 8 * 2 * 32 * 4)  # four positions at a time
-    assert len(list(attention._pieces(kv[0]))) == 6
-    assert torch.allclose(attention.attend(q, *kv, **options), want, atol=1e-6)
+    for heads in (1, 2):
+        seen = 7 + 9 - 1
+        monkeypatch.setattr(attention, "FLOAT_BYTES", 4 * seen * 64 * heads)
+        made: list[tuple[int, ...]] = []
+        monkeypatch.setattr(
+            attention, "to_floats", lambda kept, made=made: (made.append(kept.shape), to_floats(kept))[1]
+        )
+        assert torch.allclose(attention.attend(q, *kv, **options), want, atol=1e-6)
+        assert [shape[:2] for shape in made[::2]] == ([(1, seen)] * 3 if heads == 1 else [(2, seen), (1, seen)])
 
 
 # ---- models
@@ -221,6 +228,16 @@ def test_rotations_that_change_with_the_length_turn_what_was_kept(tiny: Tiny) ->
         assert 0 < _off(other, found[0]) < most
 
 
+def test_auto_keeps_halves_but_for_weights_of_float32(tiny: Tiny, tmp_path: Path) -> None:
+    folder, model = tiny("arcee", 0)
+    with fc.load(folder, context=CONTEXT) as engine:
+        assert engine.run.kv_cache_type == "f32" and engine._kv.format == "F32"
+    copy.deepcopy(model).half().save_pretrained(tmp_path)
+    with fc.load(tmp_path, context=CONTEXT) as engine:
+        assert engine.run.kv_cache_type == "f16" and engine.new_cache(3).format == "F16"
+        assert "40 tokens, f16" in [part.note for part in engine.report().plan]
+
+
 def test_the_plan_counts_what_is_kept(wide: Callable[[str], Path]) -> None:
     folder = wide("arcee")
     planned = {}
@@ -239,7 +256,7 @@ def test_heads_that_are_no_blocks_are_told_of(tiny: Tiny, capsys: pytest.Capture
         fc.load(folder, kv_cache_type="q8_0")
     assert run(["plan", "--model", str(folder), "--kv-cache-type", "q8_0"]) == 2
     assert "Take f16" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="none of f32, f16, q8_0"):
+    with pytest.raises(UsageError, match="none of auto, f32, f16, q8_0"):
         fc.load(folder, kv_cache_type="q4_0")
 
 

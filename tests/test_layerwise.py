@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import flashinfer_cli as fc
+from flashinfer_cli import engine as engines
 from flashinfer_cli.apps import layerwise
 from flashinfer_cli.cache.kv import KVCache
 
@@ -21,9 +22,9 @@ def test_layers_see_what_they_see_in_one_pass(monkeypatch: pytest.MonkeyPatch, n
             super().__init__(*args)  # type: ignore[arg-type]
             made.append(self)
 
-    monkeypatch.setattr(layerwise, "KVCache", Kept)
     parts = [list(range(5, 25)), list(range(40, 47)), list(range(9, 40))]
     with fc.load(name, context=40) as engine, torch.inference_mode():
+        monkeypatch.setattr(engines, "KVCache", Kept)
         blocks = engine.decoder.blocks
         seen = [
             inputs.clone()

@@ -64,7 +64,7 @@ def test_streamed_and_stepwise_equal_the_training_forward(tmp_path, tokenizer, v
     resident = None
     for path in (tmp_path / "m", bundle):
         for options in ({"stream": "never"}, {"stream": "always"}, {"stream": "always", "prefill_chunk": 7}):
-            with fc.load(path, **options) as engine:
+            with fc.load(path, kv_cache_type="f32", **options) as engine:
                 got = engine.logits(IDS[0].tolist())
                 session = engine.session()
                 steps = [session.prefill(IDS[0, :20].tolist())]

@@ -205,10 +205,10 @@ def test_quantised_files_compute_what_they_hold(
     writer.close()
     found = []
     for name in ("plain.gguf", "quantised.gguf"):
-        with fc.load(tmp_path / name, context=16, stream="always") as engine:
+        with fc.load(tmp_path / name, context=16, stream="always", kv_cache_type="f32") as engine:
             found.append(engine.logits(IDS))
     assert (found[0] - found[1]).abs().max() < 1e-4
     fc.bundle(tmp_path / "quantised.gguf", tmp_path / "bundle")
-    with fc.load(tmp_path / "bundle", context=16) as engine:
+    with fc.load(tmp_path / "bundle", context=16, kv_cache_type="f32") as engine:
         assert engine.report().exactness == "exact"  # blocks stay as they are
         assert torch.allclose(engine.logits(IDS), found[1], atol=1e-4)

@@ -34,7 +34,7 @@ SPELLED = [(*case, split) for case in CASES for split in ((True, False) if case[
 
 
 def logits(model: Path, **options: Any) -> torch.Tensor:
-    with fc.load(model, context=len(IDS), **options) as engine:
+    with fc.load(model, context=len(IDS), kv_cache_type="f32", **options) as engine:
         found = engine.logits(IDS)
         assert engine.report().exactness == "exact"
     return found

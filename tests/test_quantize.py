@@ -127,13 +127,13 @@ def test_a_bundle_computes_what_it_holds(
     assert bundle.manifest.exactness == "quantized"
     assert bool(bundle.records) == ((family, index) != ("llama", 0))  # half of so short a record would be padding
     plain = rounded_folder(folder, tmp_path / "plain", level, trunk, bool(bundle.records))
-    with fc.load(plain, context=16, stream="never") as engine:
+    with fc.load(plain, context=16, kv_cache_type="f32", stream="never") as engine:
         expected = engine.logits(IDS)
-    with fc.load(folder, context=16, stream="never") as engine:
+    with fc.load(folder, context=16, kv_cache_type="f32", stream="never") as engine:
         assert (engine.logits(IDS) - expected).abs().max() > 1e-3  # or nothing was rounded
     found = []
     for stream in ("never", "always"):
-        with fc.load(made, context=16, stream=stream) as engine:
+        with fc.load(made, context=16, kv_cache_type="f32", stream=stream) as engine:
             found.append(engine.logits(IDS))
             assert engine.report().exactness == "quantized"
     assert torch.equal(found[0], found[1])

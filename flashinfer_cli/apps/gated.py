@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from ..cache.kv import KVCache
 from ..config import RunConfig
 from ..engine import Engine
 from ..errors import UnsupportedModelError, UsageError
@@ -95,7 +94,7 @@ def study(
     settled = replace(run, exact=True, context=WINDOW, prefill_chunk=WINDOW, logit_rows=64)
     with Engine(opened, settled) as engine, torch.inference_mode():
         decoder, rt = engine.decoder, engine.decoder.rt
-        kv = KVCache(config, WINDOW, engine.device.name)
+        kv = engine.new_cache(WINDOW)
         scale = config.embedding_scale
         states = [decoder.embedding(torch.tensor(w), rt) * scale for w in learn]
         asked: Asked = {}

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..cache.kv import KVCache
 from ..engine import Engine
 from ..models.decoder import Block
 from .quality import Progress
@@ -27,7 +26,7 @@ def layer_by_layer(
     same memory for every layer: copy what is to stay.
     """
     decoder, rt, config = engine.decoder, engine.decoder.rt, engine.config
-    kv = KVCache(config, max(len(part) for part in parts), engine.device.name)
+    kv = engine.new_cache(max(len(part) for part in parts))
     for kept in (kv.keys, kv.values):  # no layer looks back at another's: all stand in the same memory
         kept[:] = kept[:1] * len(kept)
     states = [decoder.embedding(torch.tensor(part), rt) * config.embedding_scale for part in parts]

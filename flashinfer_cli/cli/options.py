@@ -74,10 +74,11 @@ class RunOptions:
         ),
     ] = RunConfig.context
     kv_cache_type: Annotated[
-        Literal["f32", "f16", "q8_0"],
+        Literal["auto", "f32", "f16", "q8_0"],
         _memory(
             "--kv-cache-type",
-            "How keys and values are kept: float32, float16 at half the memory, or blocks of int8 at 27% of it.",
+            "How keys and values are kept: float32, float16 at half the memory, or blocks of int8 at 27% of it; auto "
+            "is f16, or f32 where the weights are float32.",
         ),
     ] = RunConfig.kv_cache_type
     threads: Annotated[

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from ..errors import UsageError
 from .sizes import MiB
 
-KvCacheType = Literal["f32", "f16", "q8_0"]  # llama.cpp's words
+KvCacheType = Literal["auto", "f32", "f16", "q8_0"]  # llama.cpp's words
 NEURON_POLICIES = ("foresight", "recent", "window", "frequent")
 EXPERT_POLICIES = ("adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned")
 FORESEEING = frozenset(("adaptive", "foresight"))  # those that go by more than demands
@@ -30,7 +30,7 @@ class RunConfig:
     device: str = "auto"
     stream: Literal["auto", "always", "never"] = "auto"
     context: int | None = None  # tokens the KV cache holds; None: the lesser of the model's own and DEFAULT_CONTEXT
-    kv_cache_type: KvCacheType = "f32"  # how keys and values are kept
+    kv_cache_type: KvCacheType = "auto"  # how keys and values are kept; auto: f16, or f32 where weights are float32
     threads: int | None = None  # compute threads; None: the cores this process may use
     io_threads: int | None = None  # reads under way at once; None: what serves the drive best, measured once
     remeasure: bool = False  # measure the drive again

@@ -16,8 +16,8 @@ LARGEST_HALF = 65504.0  # what is larger is kept as this
 
 
 def kept_format_of(config: ModelConfig, asked: KvCacheType) -> str:
-    """The format for a model; states of a recurrent one are never rounded. Raises UsageError where heads are of no
-    multiple of a block's elements."""
+    """The format for a model, `asked` being settled; states of a recurrent one are never rounded. Raises UsageError
+    where heads are of no multiple of a block's elements."""
     fmt = "F32" if config.recurrent else asked.upper()
     block = FORMATS[fmt][0]
     for width in config.kv_shape[1:]:

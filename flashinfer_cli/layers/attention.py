@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from .norm import Norm
 from .rope import Rope
 
 SCORE_BYTES = 8 << 20  # most scratch for one block of scores
-FLOAT_BYTES = 4 << 20  # of keys, or of values, that are made float32 at a time where they are kept as something else
+FLOAT_BYTES = 8 << 20  # of keys and values that are made float32 at a time where they are kept as something else
 LONG = 1 << 19  # keys' and values' elements that are worth all of torch's threads while decoding
 
 
@@ -36,8 +37,9 @@ def attend(
     SCORE_BYTES for any length.
     """
     heads, tokens, hd = q.shape
-    kv_heads, length, _ = v.shape
-    vd = elements(v)
+    if not k.dtype == v.dtype == torch.float32:
+        return _attend_kept(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    kv_heads, length, vd = v.shape
     group = heads // kv_heads
     out = q.new_empty(tokens, heads, vd)
     block = max(1, SCORE_BYTES // (4 * heads * length))
@@ -48,7 +50,7 @@ def attend(
         low = max(0, start - window + 1) if window else 0
         keys, values = k[:, low:stop], v[:, low:stop]
         queries = q[:, first:last].reshape(kv_heads, group * (last - first), hd)
-        scores = _scores(queries, keys).mul_(scale)
+        scores = torch.matmul(queries, keys.transpose(1, 2)).mul_(scale)
         if softcap:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if last - first > 1 or (window and stop - low > window):
@@ -58,38 +60,26 @@ def attend(
             if window:
                 hidden |= j <= i - window
             scores.view(kv_heads, group, last - first, stop - low).masked_fill_(hidden, float("-inf"))
-        mixed = _mixed(scores.softmax(-1) if sinks is None else _softmax_beside(scores, sinks), values)
+        mixed = torch.matmul(scores.softmax(-1) if sinks is None else _softmax_beside(scores, sinks), values)
         out[first:last] = mixed.view(heads, last - first, vd).transpose(0, 1)
     return out.view(tokens, heads * vd)
 
 
-def _pieces(kept: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Positions of [kv_heads, S, hd] in order, some at a time, as float32."""
-    kv_heads, length, _ = kept.shape
-    step = length if kept.dtype == torch.float32 else max(1, FLOAT_BYTES // (8 * kv_heads * elements(kept)))
-    for first in range(0, length, step):
-        some = slice(first, first + step)
-        yield some, to_floats(kept[:, some])
-
-
-def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """[kv_heads, rows, hd] times what is kept of [kv_heads, S, hd] -> [kv_heads, rows, S]."""
-    if keys.dtype == torch.float32:
-        return torch.matmul(queries, keys.transpose(1, 2))
-    scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
-    for some, floats in _pieces(keys):
-        scores[..., some] = torch.matmul(queries, floats.transpose(1, 2))
-    return scores
-
-
-def _mixed(shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[kv_heads, rows, S] times what is kept of [kv_heads, S, vd] -> [kv_heads, rows, vd]."""
-    if values.dtype == torch.float32:
-        return torch.matmul(shares, values)
-    mixed = shares.new_zeros(*shares.shape[:2], elements(values))
-    for some, floats in _pieces(values):
-        mixed += torch.matmul(shares[..., some], floats)
-    return mixed
+def _attend_kept(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None, sinks: torch.Tensor | None, **rest: Any
+) -> torch.Tensor:
+    """`attend` on float32 copies of what is seen, of some heads at a time: one, or as many as FLOAT_BYTES take."""
+    kv_heads, length, _ = k.shape
+    group = len(q) // kv_heads
+    low = max(0, length - q.shape[1] - window + 1) if window else 0
+    step = max(1, FLOAT_BYTES // (4 * (length - low) * (elements(k) + elements(v))))
+    found = []
+    for first in range(0, kv_heads, step):
+        keys, values = (to_floats(kept[first : first + step, low:]) for kept in (k, v))
+        own = slice(group * first, group * (first + step))
+        sunk = None if sinks is None else sinks[own]
+        found.append(attend(q[own], keys, values, window=window, sinks=sunk, **rest))
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _softmax_beside(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:

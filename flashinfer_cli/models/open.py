@@ -14,7 +14,7 @@ from ..bundles.sparsity import Sparsity, read_sparsity
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.hub import resolve
 from ..checkpoint.open import is_bundle, open_checkpoint
-from ..config import ModelConfig, WeightMap
+from ..config import KvCacheType, ModelConfig, WeightMap
 from ..errors import CorruptCheckpointError, TokenizerError
 from ..tokenizer import Tokenizer, load_tokenizer
 from .families import FAMILIES
@@ -57,6 +57,12 @@ class OpenModel:
         """ "quantized" where a bundle's weights were rounded when it was made, else "exact"."""
         manifest = getattr(self.checkpoint, "manifest", None)
         return "exact" if manifest is None else str(manifest.exactness)
+
+    def kv_cache_type(self, asked: KvCacheType) -> KvCacheType:
+        """What `auto` means for this model: no less than its weights, and no more than they are worth."""
+        if asked != "auto":
+            return asked
+        return "f32" if self.checkpoint.tensors[self.weights.model["embed"].tensor].format == "F32" else "f16"
 
     @property
     def parameters(self) -> int:

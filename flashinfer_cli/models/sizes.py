@@ -59,8 +59,8 @@ def sizes_of(
             a_token += heads * 5 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
             if any("kv_b" in layer.matrices for layer in layout.layers):
                 expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
-        expanded += joined + (FLOAT_BYTES if kept != "F32" else 0)
         context = run.context or 0
+        expanded += joined + (0 if kept == "F32" else max(FLOAT_BYTES, 4 * context * (key + value)))
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
         logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
         return 4 * a_token * chunk + expanded + scores + logits + 8 * MiB
@@ -72,6 +72,7 @@ def sizes_of(
         table=0 if layout.tied else sum(s.span.nbytes for s in layout.embed.slices),
         kv_per_token=config.num_hidden_layers * kv_heads * (kept_nbytes(kept, key) + kept_nbytes(kept, value)),
         scratch=scratch,
+        kept=kept.lower(),
         expert=max((span_of(e).nbytes for extents in experts for e in extents), default=0),
         seldom=(*layout.on_demand, *(False for _ in layout.head.slices)),
         demand=max((layer.demanded for layer in layout.layers), default=0),
