@@ -63,7 +63,7 @@ def _point(folder: Path, context: int, tokens: int) -> dict[str, Any]:
         ]
         kernels = engine.report().to_dict()["kernels"]
         steps = list(itertools.pairwise(marks))
-        size = engine.config.kv_bytes_per_token * context / 2**20
+        size = engine.model.kv_bytes_per_token * context / 2**20
     return {
         "kv_mib": size,
         "tokens": len(marks),

@@ -163,7 +163,7 @@ def convert_heads(
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise StorageError(f"Cannot write {out}: {error.strerror or error}.") from None
-    before = opened.config.kv_bytes_per_token
+    before = opened.kv_bytes_per_token
     return {
         "source": opened.name,
         "method": method,

@@ -47,7 +47,7 @@ def inspect_model(model: str, revision: str | None = None) -> dict[str, Any]:
         "parts": parts,
         "streams_bytes": streams,
         "always_resident_bytes": stays,
-        "kv_bytes_per_token": config.kv_bytes_per_token,
+        "kv_bytes_per_token": opened.kv_bytes_per_token,
         **text,
     }
 

@@ -145,12 +145,6 @@ class ModelConfig:
             return 1, self.mla.kv_lora_rank + self.mla.qk_rope_head_dim, 0
         return self.num_key_value_heads, self.head_dim, self.head_dim
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values one token adds over all layers, at 4 bytes an element."""
-        heads, key, value = self.kv_shape
-        return self.num_hidden_layers * heads * (key + value) * 4
-
 
 @dataclass(frozen=True)
 class WeightRef:

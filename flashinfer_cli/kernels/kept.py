@@ -40,9 +40,11 @@ def kept_width(fmt: str, elements: int) -> int:
     return elements // block * size if block > 1 else elements
 
 
-def kept_nbytes(fmt: str, elements: int) -> int:
+def kept_nbytes(config: ModelConfig, fmt: str) -> int:
+    """Bytes of keys and values that one token adds over all layers."""
     block, size = FORMATS[fmt]
-    return elements // block * size
+    heads, *widths = config.kv_shape
+    return config.num_hidden_layers * heads * sum(width // block * size for width in widths)
 
 
 def elements(kept: torch.Tensor) -> int:

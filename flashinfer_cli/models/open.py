@@ -16,6 +16,7 @@ from ..checkpoint.hub import resolve
 from ..checkpoint.open import is_bundle, open_checkpoint
 from ..config import KvCacheType, ModelConfig, WeightMap
 from ..errors import CorruptCheckpointError, TokenizerError
+from ..kernels.kept import kept_format_of, kept_nbytes
 from ..tokenizer import Tokenizer, load_tokenizer
 from .families import FAMILIES
 from .hf_config import parse_config
@@ -63,6 +64,11 @@ class OpenModel:
         if asked != "auto":
             return asked
         return "f32" if self.checkpoint.tensors[self.weights.model["embed"].tensor].format == "F32" else "f16"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token adds, unless a run asks for another type."""
+        return kept_nbytes(self.config, kept_format_of(self.config, self.kv_cache_type("auto")))
 
     @property
     def parameters(self) -> int:

@@ -42,7 +42,6 @@ def sizes_of(
     )
     joined = 3 * max(packed, default=0)
     kept = kept_format_of(config, run.kv_cache_type)
-    kv_heads, key, value = config.kv_shape
 
     def scratch(chunk: int) -> int:
         """Activations and temporaries of a pass of `chunk` tokens, counted generously."""
@@ -60,7 +59,7 @@ def sizes_of(
             if any("kv_b" in layer.matrices for layer in layout.layers):
                 expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
         context = run.context or 0
-        expanded += joined + (0 if kept == "F32" else max(FLOAT_BYTES, 4 * context * (key + value)))
+        expanded += joined + (0 if kept == "F32" else max(FLOAT_BYTES, 4 * context * sum(config.kv_shape[1:])))
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
         logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
         return 4 * a_token * chunk + expanded + scores + logits + 8 * MiB
@@ -70,7 +69,7 @@ def sizes_of(
         always=sum(4 * ref.rows * ref.cols for ref in layout.always.values()),
         slices=spans,
         table=0 if layout.tied else sum(s.span.nbytes for s in layout.embed.slices),
-        kv_per_token=config.num_hidden_layers * kv_heads * (kept_nbytes(kept, key) + kept_nbytes(kept, value)),
+        kv_per_token=kept_nbytes(config, kept),
         scratch=scratch,
         kept=kept.lower(),
         expert=max((span_of(e).nbytes for extents in experts for e in extents), default=0),
