@@ -240,12 +240,15 @@ def test_auto_keeps_halves_but_for_weights_of_float32(tiny: Tiny, tmp_path: Path
 
 def test_the_plan_counts_what_is_kept(wide: Callable[[str], Path]) -> None:
     folder = wide("arcee")
-    planned = {}
+    planned, scratch = {}, {}
     for kind in ("f32", *TYPES):
         with fc.load(folder, kv_cache_type=kind, context=CONTEXT) as engine:
             part = next(part for part in engine.report().plan if part.part == "keys and values")
             assert part.planned == part.actual
             planned[kind] = part.planned
+            scratch[kind] = next(part.planned for part in engine.report().plan if part.part == "scratch")
+            heads, *widths = engine.config.kv_shape
+    assert scratch["f16"] - scratch["f32"] == scratch["q8_0"] - scratch["f32"] == 4 * CONTEXT * heads * sum(widths)
     assert planned["f16"] * 2 == planned["f32"] and planned["q8_0"] * 128 == planned["f32"] * 34
 
 

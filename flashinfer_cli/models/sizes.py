@@ -59,7 +59,11 @@ def sizes_of(
             if any("kv_b" in layer.matrices for layer in layout.layers):
                 expanded = 4 * heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
         context = run.context or 0
-        expanded += joined + (0 if kept == "F32" else max(FLOAT_BYTES, 4 * context * sum(config.kv_shape[1:])))
+        expanded += joined
+        if kept != "F32":  # the heads that are made float32 at a time
+            heads, *widths = config.kv_shape
+            head = 4 * context * sum(widths)
+            expanded += max(head, min(heads * head, FLOAT_BYTES))
         scores = 3 * min(SCORE_BYTES, 4 * config.num_attention_heads * chunk * max(context, chunk))
         logits = 4 * config.vocab_size * (3 * run.logit_rows + 4)
         return 4 * a_token * chunk + expanded + scores + logits + 8 * MiB
