@@ -34,26 +34,26 @@ SHAPE = Shape(
 PROMPT, STEPS = [5, 9, 200, 31], [7, 7, 100, 250, 3, 90, 91, 92, 5, 6]
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, width: int = 64, quantize: str = "none") -> Path:
     """With predictors that are right about half of the time."""
     torch.manual_seed(1)
-    model = Decoder(SHAPE)
+    model = Decoder(replace(SHAPE, hidden_size=width))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mlp" in name:
                 parameter.mul_(6)
     (folder / "m").mkdir()
     write_folder(model, data.train_tokenizer(["a cat sat on a mat"], 300), folder / "m")
-    out = fc.bundle(folder / "m", folder / "b")
-    write_predictors(out)
+    out = fc.bundle(folder / "m", folder / "b", quantize=quantize)
+    write_predictors(out, width=width)
     return out
 
 
-def write_predictors(out: Path, silent: int | None = None) -> None:
+def write_predictors(out: Path, silent: int | None = None, width: int = 64) -> None:
     torch.manual_seed(2)
     tensors = {}
     for layer in range(3):
-        a, b = torch.randn(8, 64), torch.randn(160, 8)
+        a, b = torch.randn(8, width), torch.randn(160, 8)
         bias = torch.randn(160)
         if silent is not None:
             bias[silent] = -1e6

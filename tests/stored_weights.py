@@ -12,7 +12,7 @@ from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
 SCALES = {  # byte offsets of the float16 fields of a block
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "Q4_G64": (0, 2, 4, 6), "MXFP4": (),
+    "Q4_G64": (0, 2, 4, 6), "Q8_G128": (0,), "MXFP4": (),
 }  # fmt: skip
 
 
@@ -42,13 +42,13 @@ def weights(fmt: str, rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor
         blocks[:, 0] = rng.integers(112, 122, len(blocks))
         blocks[:2, 0] = 0, 1
     data = blocks.reshape(rows, -1)
-    if fmt == "Q4_G64":
-        return unaligned(data, 2), g64_values(blocks).reshape(rows, cols)
+    if fmt in OURS:
+        return unaligned(data, 2), OURS[fmt](blocks).reshape(rows, cols)
     return unaligned(data, 2), gguf_dequantize(data, GGMLQuantizationType[fmt])
 
 
 def g64_values(blocks: np.ndarray) -> np.ndarray:
-    """Our own blocks [n, 72], element by element, as checkpoint.base has their bytes."""
+    """Our own int4 blocks [n, 72], element by element, as checkpoint.base has their bytes."""
     out = np.empty((len(blocks), 128), np.float32)
     for block, row in zip(blocks, out, strict=True):
         fields, words = block[:8].view(np.float16).astype(np.float64), block[8:].view(np.uint32)
@@ -56,6 +56,18 @@ def g64_values(blocks: np.ndarray) -> np.ndarray:
             q = int(words[element % 16]) >> (4 * (element // 16)) & 15
             row[element] = fields[2 * (element // 64)] * q + fields[2 * (element // 64) + 1]
     return out
+
+
+def g128_values(blocks: np.ndarray) -> np.ndarray:
+    """Our own int8 blocks [n, 130], element by element."""
+    out = np.empty((len(blocks), 128), np.float32)
+    for block, row in zip(blocks, out, strict=True):
+        for element in range(128):
+            row[element] = float(block[:2].view(np.float16)[0]) * int(block[2 + element : 3 + element].view(np.int8)[0])
+    return out
+
+
+OURS = {"Q4_G64": g64_values, "Q8_G128": g128_values}
 
 
 def cols_of(fmt: str) -> int:

@@ -26,6 +26,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from stored_weights import OURS
 
 from flashinfer_cli.bundles import bands, convert, records
 from flashinfer_cli.bundles.reader import open_bundle
@@ -63,7 +64,7 @@ def test_widening_is_exact_and_narrowing_rounds_to_even() -> None:
 
 
 def dequantized(raw: np.ndarray, format: str) -> np.ndarray:
-    if format == "Q4_G64":
+    if format in OURS:
         return to_float(torch.from_numpy(raw), format).numpy()
     return dequantize(raw, GGMLQuantizationType[format])
 

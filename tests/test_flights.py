@@ -137,7 +137,9 @@ def state(layer: Layer) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("policy", NEURON_POLICIES)
-@pytest.mark.parametrize(("fmt", "gated"), [("F16", False), ("BF16", True), ("Q8_0", True), ("F32", False)])
+@pytest.mark.parametrize(
+    ("fmt", "gated"), [("F16", False), ("BF16", True), *((fmt, True) for fmt in ("Q8_0", "Q8_G128")), ("F32", False)]
+)
 def test_a_program_does_what_calls_do(tmp_path, numba, policy, fmt, gated):
     """Many blocks and few, all here and none, guesses right and wrong: the same bits, slots and counts."""
     traces: list[list[object]] = [[], []]

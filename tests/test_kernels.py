@@ -81,7 +81,7 @@ def test_bits_do_not_depend_on_tokens_threads_or_slices(numba: Kernels, fmt: str
     assert torch.equal(out, single[:8])
 
 
-@pytest.mark.parametrize("fmt", ["F32", "BF16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("fmt", ["F32", "BF16", "Q8_0", "Q8_G128", "Q4_K"])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_blocks_of_columns_and_passes_change_no_bit(
     numba: Kernels, fmt: str, blocks: int, monkeypatch: pytest.MonkeyPatch

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from sparse_bundle import PROMPT, STEPS, decoded, reads, slots_of
+from sparse_bundle import PROMPT, STEPS, decoded, make, reads, slots_of
 
 import flashinfer_cli as fc
+from flashinfer_cli.bundles import open_bundle
 from flashinfer_cli.kernels.native import NumbaKernels
 from flashinfer_cli.store.reader import Reader
 
@@ -23,6 +24,20 @@ def test_the_same_text_with_and_without_programs(sparse_bundle, monkeypatch):
         assert (report.decode.hits, report.decode.misses) == (other.decode.hits, other.decode.misses)
         assert reads(report) == reads(other) and report.wasted_bytes == other.wasted_bytes
     assert reads(found[0][1]) > reads(found[2][1]) > 0
+
+
+def test_programs_over_int8_records_and_an_int8_trunk(tmp_path, monkeypatch):
+    path = make(tmp_path, width=128, quantize="int8")
+    bundle = open_bundle(path)
+    assert {part.format for part in bundle.records[0].parts} == {"Q8_G128"}
+    assert {bundle.tensors[bundle.weights.layers[0][role].tensor].format for role in "qkvo"} == {"Q8_G128"}
+    slots_of(monkeypatch, 3 * 30 * 512)
+    mine, report = decoded(path, stream="always", kernels="compiled")
+    monkeypatch.setattr(Reader, "lend", lambda self: None)
+    plain, _ = decoded(path, stream="always", kernels="compiled")
+    reference, _ = decoded(path, stream="never", kernels="reference")
+    assert torch.equal(mine, plain) and reads(report) > 0
+    assert torch.allclose(mine, reference, atol=1e-3)
 
 
 def test_programs_give_way_to_calls_when_the_drive_refuses(sparse_bundle, monkeypatch):

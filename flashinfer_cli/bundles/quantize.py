@@ -1,16 +1,18 @@
 """Rounding weights to int8 and int4 blocks: to nearest, or with a search for the scales that lose least. numpy only.
 
-int8 is GGUF's Q8_0: groups of 32, a float16 scale, symmetric. int4 is Q4_G64 (`checkpoint.base.FORMATS`), groups of 64
-with a float16 scale and least value, 4.5 bits a weight; where columns are no multiple of 128, GGUF's Q4_1, groups of 32
-at 5 bits. The search does what k-means does in one dimension, with levels that stay equally spaced: round to the
-levels, fit scale and least value to what was rounded by least squares, round again; from several widths of the range,
-since a few large weights are often better cut off. What is kept is the best of all, judged with the scales as float16.
+int8 is Q8_G128 (`checkpoint.base.FORMATS`), groups of 128 with a float16 scale, symmetric, 8.125 bits a weight; int4 is
+Q4_G64, groups of 64 with a float16 scale and least value, 4.5 bits. Where columns are no multiple of 128 they are
+GGUF's Q8_0 and Q4_1, groups of 32 at 8.5 and 5 bits. The search does what k-means does in one dimension, with levels
+that stay equally spaced: round to the levels, fit scale and least value to what was rounded by least squares, round
+again; from several widths of the range, since a few large weights are often better cut off, and with many levels a
+slightly other scale often fits better. What is kept is the best of all, judged with the scales as float16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +28,11 @@ Quantize = Literal["none", "int8", "int4"]
 QUANTIZE: tuple[Quantize, ...] = ("none", "int8", "int4")
 ROUNDINGS: tuple[Rounding, ...] = ("search", "nearest")
 TRUNK_OF: dict[Quantize, Quantize] = {"none": "none", "int8": "int8", "int4": "int8"}  # unless it is said otherwise
-CANDIDATES = {"int8": ("Q8_0",), "int4": ("Q4_G64", "Q4_1")}
-WIDTHS = {"Q8_0": (1.0, 0.99), "Q4_1": (1.0, 0.9, 0.8), "Q4_G64": (1.0, 0.9, 0.8)}  # shares of the range to begin from
+CANDIDATES = {"int8": ("Q8_G128", "Q8_0"), "int4": ("Q4_G64", "Q4_1")}
+WIDTHS = {  # shares of the range to begin from; those of the symmetric formats are of the largest magnitude
+    "Q8_0": (1.0, 0.99), "Q8_G128": (1.0, 0.99, 1.01), "Q4_1": (1.0, 0.9, 0.8), "Q4_G64": (1.0, 0.9, 0.8),
+}  # fmt: skip
+SYMMETRIC = ("Q8_0", "Q8_G128")
 REFITS = 3
 CHUNK = 1 << 15  # elements worked on at a time: the temporaries stay in the second-level cache
 LARGEST = float(np.finfo(np.float16).max)
@@ -108,8 +113,8 @@ def quantize(values: Floats, format: str, rounding: Rounding) -> npt.NDArray[np.
     return out.reshape(rows, cols // block * size)
 
 
-def _q8_0(values: Floats, out: npt.NDArray[np.uint8], rounding: Rounding) -> None:
-    scale, _, q = _round(values, "Q8_0", rounding)
+def _scaled_bytes(format: str, values: Floats, out: npt.NDArray[np.uint8], rounding: Rounding) -> None:
+    scale, _, q = _round(values, format, rounding)
     out[:, :2] = _half_bytes(scale)
     out[:, 2:] = q.T.astype(np.int8).view(np.uint8)
 
@@ -134,7 +139,8 @@ def _q4_g64(values: Floats, out: npt.NDArray[np.uint8], rounding: Rounding) -> N
 
 
 _ENCODERS: dict[str, Callable[[Floats, npt.NDArray[np.uint8], Rounding], None]] = {
-    "Q8_0": _q8_0,
+    "Q8_0": partial(_scaled_bytes, "Q8_0"),
+    "Q8_G128": partial(_scaled_bytes, "Q8_G128"),
     "Q4_1": _q4_1,
     "Q4_G64": _q4_g64,
 }
@@ -172,7 +178,7 @@ def _levels(x: Floats, scale: Floats, least: Floats | None, low: int, high: int)
 def _round(values: Floats, format: str, rounding: Rounding) -> tuple[Floats, Floats, Floats]:
     """Groups [G, n] -> scales [G], least values [G] (zeros where symmetric), levels [n, G]."""
     x = np.ascontiguousarray(values.T)
-    symmetric = format == "Q8_0"
+    symmetric = format in SYMMETRIC
     low, high = (-127, 127) if symmetric else (0, 15)
     best: tuple[Floats, Floats | None, Floats] | None = None
     loss = q = np.empty(0, np.float32)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 # Elements and bytes of one block, by format. Plain formats have blocks of one element. GGUF's as in ggml-quants.h;
-# Q4_G64 is ours: two float16 pairs (scale, least value), one for each half, then 16 words of 32 bits, of which word j
-# holds elements j, 16 + j .. 112 + j, four bits each from the lowest on; a value is scale * q + least.
+# two are ours. Q8_G128: a float16 scale, then 128 signed bytes; a value is scale * q. Q4_G64: two float16 pairs (scale,
+# least value), one for each half, then 16 words of 32 bits, of which word j holds elements j, 16 + j .. 112 + j, four
+# bits each from the lowest on; a value is scale * q + least.
 FORMATS: dict[str, tuple[int, int]] = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "F64": (1, 8),
     "I8": (1, 1), "U8": (1, 1), "I16": (1, 2), "I32": (1, 4), "I64": (1, 8), "BOOL": (1, 1),
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
-    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "Q4_G64": (128, 72), "MXFP4": (32, 17),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "Q4_G64": (128, 72), "Q8_G128": (128, 130), "MXFP4": (32, 17),
 }  # fmt: skip
 PLAIN = ("F32", "F16", "BF16")
 

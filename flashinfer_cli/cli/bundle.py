@@ -34,7 +34,7 @@ class FormatOptions:
         option(
             OUTPUT,
             "--quantize",
-            "Round the weights: int8 (8.5 bits each) or int4 (4.5 bits, and int8 in the trunk).",
+            "Round the weights: int8 (8.125 bits each) or int4 (4.5 bits, and int8 in the trunk).",
         ),
     ] = "none"
     quantize_experts: Annotated[

@@ -33,8 +33,11 @@ def _convert_blocks(fmt: str) -> Emit:
 
     def emit(b: ir.IRBuilder, row: Any, n: Any, out: Any) -> None:
         with loop(b, number(0), b.sdiv(n, number(elements)), 1) as i:
-            source, target = (b.add(base, b.mul(i, number(each))) for base, each in ((row, size), (out, 4 * elements)))
-            DECODERS[fmt](Pointer(b, source), Pointer(b, target))
+            source, target = (
+                Pointer(b, b.add(base, b.mul(i, number(each)))) for base, each in ((row, size), (out, 4 * elements))
+            )
+            for vector, value in enumerate(DECODERS[fmt](source)):
+                target.store(4 * LANES * vector, value)
 
     return emit
 

@@ -18,10 +18,10 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from ..checkpoint.base import FORMATS, PLAIN
-from .codecs import Decoded
+from .codecs import decoded
 from .jobs import CODES, DIRECT_BLOCKS
 from .lanes import ELEMENT_BYTES, F32, LANES, Lanes, has_avx512
-from .loops import accumulate, ahead_of, bytes_of, loop, number, rows_at, whole, zeros
+from .loops import accumulate, ahead_of, bytes_of, loop, number, prefetch_blocks, rows_at, whole, zeros
 from .variants import Emit, choice
 
 MOST_ROWS, MOST_TOKENS = 4 if has_avx512() else 2, 3
@@ -74,14 +74,12 @@ def _dot_blocks(fmt: str, rows: int, tokens: int) -> Emit:
         ahead = ahead_of(b, b.mul(pitch, number(rows)))
         with loop(b, number(0), b.sdiv(n, number(elements)), 1) as i:
             sources = rows_at(b, b.add(row, b.mul(i, number(size))), pitch, rows)
-            for source in sources:
-                source.prefetch(ahead)
+            prefetch_blocks(b, sources, ahead, size)
             inputs = rows_at(b, b.add(x, b.mul(i, number(4 * elements))), x_stride, tokens)
-            weights = [Decoded(fmt, source).values for source in sources]
-            for v in range(elements // LANES):
+            for v, weights in enumerate(decoded(fmt, sources)):
                 values = [pointer.load(4 * LANES * v, F32, LANES) for pointer in inputs]
                 for slot, (r, t) in zip(sums, pairs, strict=True):
-                    accumulate(b, slot, weights[r][v], values[t])
+                    accumulate(b, slot, weights[r], values[t])
         for vector, (r, t) in zip(sums, pairs, strict=True):
             outputs[t].store(4 * r, Lanes(b, b.load(vector)).total() + 0.0)
 

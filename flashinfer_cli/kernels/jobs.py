@@ -15,7 +15,7 @@ from ..checkpoint.base import FORMATS, PLAIN
     LAY_OUT, COPY, PROGRAM, GUESS, SPARSE,
 ) = range(17)  # fmt: skip
 BLOCKS = tuple(fmt for fmt, (elements, _) in FORMATS.items() if elements > 1)
-DIRECT_BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q4_G64")
+DIRECT_BLOCKS = ("Q8_0", "Q8_G128", "Q4_0", "Q4_1", "Q4_G64")
 CODES = {fmt: code for code, fmt in enumerate((*PLAIN, *DIRECT_BLOCKS, *(f for f in BLOCKS if f not in DIRECT_BLOCKS)))}
 
 

@@ -11,6 +11,7 @@ from numba.core import cgutils
 
 from .lanes import F32, I64, Lanes, Pointer
 
+LINE = 64  # bytes of a cache line
 AHEAD = 8192  # bytes to fetch ahead of use, at least: what the processor fetches by itself stops at every 4 KiB
 
 
@@ -54,6 +55,13 @@ def ahead_of(b: ir.IRBuilder, pitch: Any) -> Any:
     One that stands before this one is the next of a list, wherever that is."""
     rows = b.mul(pitch, b.sdiv(b.add(pitch, number(AHEAD - 1)), pitch))
     return b.select(b.icmp_signed("<", pitch, number(0)), pitch, rows)
+
+
+def prefetch_blocks(b: ir.IRBuilder, blocks: list[Pointer], ahead: Any, size: int) -> None:
+    """Ask for what stands `ahead` bytes behind each: whole cache lines, for what is left the next block asks."""
+    for block in blocks:
+        for line in range(max(1, size // LINE)):
+            block.prefetch(b.add(ahead, number(LINE * line)))
 
 
 def zeros(b: ir.IRBuilder, count: int, lanes: int) -> list[Any]:

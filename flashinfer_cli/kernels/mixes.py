@@ -11,11 +11,11 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from ..checkpoint.base import FORMATS, PLAIN
-from .codecs import Decoded
+from .codecs import decoded
 from .dots import shapes, variant
 from .jobs import CODES, DIRECT_BLOCKS, DIRECT_NEURONS
 from .lanes import ELEMENT_BYTES, F32, LANES, Lanes, Pointer
-from .loops import accumulate, ahead_of, bytes_of, loop, number, rows_at, whole, zeros
+from .loops import accumulate, ahead_of, bytes_of, loop, number, prefetch_blocks, rows_at, whole, zeros
 from .variants import Emit, choice
 
 
@@ -30,15 +30,13 @@ def _mix_blocks(fmt: str, rows: int, tokens: int) -> Emit:
         with loop(b, number(0), b.sdiv(n, number(elements)), 1) as i:
             outputs = rows_at(b, b.add(sums, b.mul(i, number(4 * elements))), stride, tokens)
             sources = rows_at(b, b.add(row, b.mul(i, number(size))), pitch, rows)
-            for source in sources:
-                source.prefetch(ahead)
-            weights = [Decoded(fmt, source).values for source in sources]
-            for place in range(0, elements, LANES):
+            prefetch_blocks(b, sources, ahead, size)
+            for v, weights in enumerate(decoded(fmt, sources)):
                 for t, output in enumerate(outputs):
-                    total = output.load(4 * place, F32, LANES)
+                    total = output.load(4 * LANES * v, F32, LANES)
                     for r in range(rows):
-                        total = weights[r][place // LANES].times_plus(factor[t][r], total)
-                    output.store(4 * place, total)
+                        total = weights[r].times_plus(factor[t][r], total)
+                    output.store(4 * LANES * v, total)
 
     return emit
 

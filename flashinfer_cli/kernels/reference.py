@@ -12,7 +12,7 @@ from .activations import ACTIVATIONS
 from .kept import to_floats
 from .listed import Listed
 
-LANES = 16  # 32-bit words of our blocks
+LANES = 16  # 32-bit words of our blocks of four bits
 TILE_BYTES = 1 << 20  # of float32, converted at a time
 APART = 32  # up to so many tokens are multiplied one by one: the same bits for each, whatever stands beside it
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,11 +34,20 @@ def to_float(weight: torch.Tensor, fmt: str) -> torch.Tensor:
         return as_plain(weight, fmt).float()
     if fmt == "Q4_G64":
         return _q4_g64(weight)
+    if fmt == "Q8_G128":
+        return _q8_g128(weight)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     values = dequantize(weight.cpu().numpy(), GGMLQuantizationType[fmt])
     return torch.from_numpy(values).to(weight.device)
+
+
+def _q8_g128(weight: torch.Tensor) -> torch.Tensor:
+    """Our own int8 blocks: a float16 times eight bits is exact in float32."""
+    blocks = weight.contiguous().view(len(weight), -1, FORMATS["Q8_G128"][1])
+    scale = blocks[..., :2].clone().view(torch.float16).float()
+    return (blocks[..., 2:].contiguous().view(torch.int8).float() * scale).view(len(weight), -1)
 
 
 def _q4_g64(weight: torch.Tensor) -> torch.Tensor:
