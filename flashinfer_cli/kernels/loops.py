@@ -58,10 +58,10 @@ def ahead_of(b: ir.IRBuilder, pitch: Any) -> Any:
 
 
 def prefetch_blocks(b: ir.IRBuilder, blocks: list[Pointer], ahead: Any, size: int) -> None:
-    """Ask for what stands `ahead` bytes behind each: whole cache lines, for what is left the next block asks."""
+    """Ask for all of what stands `ahead` bytes behind each: one line in 65 left out cost an eighth of the rate."""
     for block in blocks:
-        for line in range(max(1, size // LINE)):
-            block.prefetch(b.add(ahead, number(LINE * line)))
+        for at in range(0, size, LINE):
+            block.prefetch(b.add(ahead, number(at)))
 
 
 def zeros(b: ir.IRBuilder, count: int, lanes: int) -> list[Any]:
