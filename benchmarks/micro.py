@@ -86,7 +86,7 @@ def kernel_rows(kernels: Kernels, show: Callable[[dict[str, Any]], None]) -> Non
     for fmt in FORMATS:
         if fmt in PLAIN or FORMATS[fmt][0] > 1:
             show(linear_row(kernels, fmt, 1, ROWS, COLS))
-    for fmt in ("F32", "BF16", "Q8_0", "Q4_G64", "Q4_K"):
+    for fmt in ("F32", "BF16", "Q8_0", "Q8_G128", "Q4_G64", "Q4_K"):
         for tokens in (2, 4, 8, 16):
             show(linear_row(kernels, fmt, tokens, ROWS, COLS))
     for fmt in ("F32", "BF16", "F16", "Q8_0", "Q4_K"):
@@ -98,7 +98,7 @@ def kernel_rows(kernels: Kernels, show: Callable[[dict[str, Any]], None]) -> Non
         (8, 32),
     ):  # down projection; small ones; the price of a call
         show(linear_row(kernels, "BF16", 1, rows, cols))
-    for fmt in (*PLAIN, "Q8_0", "Q4_1", "Q4_G64"):
+    for fmt in (*PLAIN, "Q8_0", "Q8_G128", "Q4_1", "Q4_G64"):
         for tokens, n in ((1, 8960), (8, 8960), (1, 227), (512, 227)):  # 227: a slice of 2 MiB of bfloat16
             show(ffn_row(kernels, fmt, tokens, n, 1536))
 
