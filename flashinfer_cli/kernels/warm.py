@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SECONDS = 15  # what compiling takes, for the notice
+SECONDS = 25  # what compiling takes, for the notice
 TIMEOUT = 600
 _SOURCES = (
     "lanes.py",
