@@ -105,9 +105,12 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").replace("<|endoftext|>", "\n")
     except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text.") from None
+        raise UsageError(f"Cannot read {path}: {error.strerror}.", "--text takes a text file.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text: byte {error.start:,} is 0x{error.object[error.start]:02x}.",
+            "Convert it, say with iconv -f LATIN1 -t UTF-8, or give another.",
+        ) from None
 
 
 def _check(opened: OpenModel) -> None:
