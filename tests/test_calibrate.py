@@ -16,7 +16,7 @@ from flashinfer_cli import zoo
 from flashinfer_cli.apps import calibrate as app
 from flashinfer_cli.apps import gated
 from flashinfer_cli.apps import ways as tried
-from flashinfer_cli.apps.predictors import balanced, cheapest, judged, packed, unpacked
+from flashinfer_cli.apps.predictors import _adam, balanced, cheapest, judged, packed, unpacked
 from flashinfer_cli.bundles.sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
@@ -71,12 +71,14 @@ def test_a_killed_run_goes_on_and_ends_alike(calibrated, copy, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         app.calibrate(copy, TEXT, RunConfig(), **OPTIONS, progress=stop_at(2))
     assert not (copy / SPARSITY_FILE).exists() and not (copy / PREDICTORS_FILE).exists()
+    with (copy.parent / ".b.calibration" / "0.safetensors").open("r+b") as file:
+        file.truncate(1000)  # damaged: that layer is learned again
     with fc.load(copy, context=16) as engine:
         assert engine.exactness == "exact"  # half a calibration is none
     fitted, real = [], app._fit
     monkeypatch.setattr(app, "_fit", lambda layer, *rest: fitted.append(layer) or real(layer, *rest))
     app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
-    assert fitted == [2]
+    assert fitted == [0, 2]
     for name in (PREDICTORS_FILE, ORDER_FILE, SPARSITY_FILE):
         assert (copy / name).read_bytes() == (calibrated / name).read_bytes()
     assert [path.name for path in copy.parent.iterdir()] == ["b"]
@@ -168,6 +170,7 @@ def test_silu_is_refused(tmp_path):
 def test_the_study_of_a_gated_model(tmp_path, monkeypatch):
     """Matrices or records, the same figures; dense is what the engine says; what must hold of any model holds."""
     monkeypatch.setattr(tried, "LOW_RANK", 1)
+    monkeypatch.setattr(gated, "WINDOW", 64)
     monkeypatch.setattr(gated, "DENSITIES", (0.9, 0.7, 0.5))
     out = make(tmp_path, "silu")
     found, other = (
@@ -176,11 +179,15 @@ def test_the_study_of_a_gated_model(tmp_path, monkeypatch):
     assert [gated.replace(w, seconds={}) for w in found.ways] == [gated.replace(w, seconds={}) for w in other.ways]
     with fc.load(out, context=512) as engine:
         ids = engine.tokenizer.encode(TEXT)[600:700]
-        lp = engine.logits(ids).log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])
-    assert found.perplexity == pytest.approx(float((-lp.mean()).exp()), rel=1e-4)
+        parts = [(engine.logits(part).log_softmax(-1)[:-1], torch.tensor(part[1:])) for part in (ids[:64], ids[64:])]
+        lp = torch.cat([logits.gather(1, targets[:, None]) for logits, targets in parts])
+    assert len(lp) == 98 and found.perplexity == pytest.approx(float((-lp.mean()).exp()), rel=1e-4)
+    assert found.error == pytest.approx(float(lp.std()) / 98**0.5, rel=1e-3)
+    assert found.tokens == 600 and found.test_tokens == 100
     ways = {(way.kind, way.density): way for way in found.ways}
     for (kind, density), way in ways.items():
         assert way.kept == pytest.approx(density, abs=0.12)
+        assert 0 < way.error < found.error  # token by token most of it cancels
         assert way.bytes(0.25) is None or way.bytes(0.25) >= way.bytes(0.5)
         assert (way.bytes(0.5) is None) == (kind == "product") and (kind != "gate" or way.bytes(0.25) is None)
         if kind == "low-rank":  # of full rank it says what the product says
@@ -211,6 +218,21 @@ def test_strength_dealt_to_both_matrices_survives_four_bits() -> None:
     assert even.nbytes < whole.nbytes / 3
     dear, cheap = (cheapest(a, b, torch.zeros(256), x, fired, 0.95, size) for size in (64, 1 << 20))
     assert dear.nbytes < cheap.nbytes and dear.predicted >= cheap.predicted  # memory is worth more small records
+
+
+def test_the_optimiser_is_adam() -> None:
+    """As the paper has it, with the moments as sums."""
+    generator = torch.Generator().manual_seed(5)
+    ours = torch.randn(7, 5, generator=generator).requires_grad_()
+    plain, moments, gradients = ours.detach().clone(), (torch.zeros(7, 5), torch.zeros(7, 5)), []
+    for step in range(1, 6):
+        gradients.append(torch.randn(7, 5, generator=generator))
+        (ours * gradients[-1]).sum().backward()
+        _adam(ours, *moments, 1e-2 / step, step)
+        mean = sum(0.1 * 0.9 ** (step - i) * g for i, g in enumerate(gradients, 1)) / (1 - 0.9**step)
+        square = sum(0.001 * 0.999 ** (step - i) * g * g for i, g in enumerate(gradients, 1)) / (1 - 0.999**step)
+        plain -= 1e-2 / step * mean / (square.sqrt() + 1e-8)
+        assert ours.grad is None and torch.allclose(ours, plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [8, 13, 64])

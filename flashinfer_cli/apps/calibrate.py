@@ -39,8 +39,8 @@ from ..models.open import OpenModel, open_model
 from ..models.predictors import named, read
 from .layerwise import layer_by_layer
 from .partial import Partial, forget
-from .predictors import BATCH, cheapest, fit, judged, new_in_window, packed, unpacked
-from .quality import SEQUENCE, Demands, Progress, quality
+from .predictors import BATCH, RANKS, cheapest, fit, judged, new_in_window, packed, unpacked
+from .quality import SEQUENCE, Demands, Progress, least_to_measure, quality
 
 TOKENS = 10_000
 LEAST_TOKENS = 1_000
@@ -105,9 +105,12 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").replace("<|endoftext|>", "\n")
     except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text.") from None
+        raise UsageError(f"Cannot read {path}: {error.strerror}.", "--text takes a text file.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text: byte {error.start:,} is 0x{error.object[error.start]:02x}.",
+            "Convert it, say with iconv -f LATIN1 -t UTF-8, or give another.",
+        ) from None
 
 
 def _check(opened: OpenModel) -> None:
@@ -125,14 +128,21 @@ def _check(opened: OpenModel) -> None:
 
 
 def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
-    """Raises BudgetError where one layer and what is learned of it do not fit beside the process."""
+    """Raises BudgetError where one layer and what is learned of it do not fit beside the process, or what measures it
+    when all are learned."""
     config = opened.config
     d, ff = config.hidden_size, config.intermediate_size
     held = int(HELD_SHARE * tokens)
     states = 4 * 2 * tokens * d  # hidden states, and the inputs of one FFN
     layer = 2 * (3 if config.gated else 2) * d * ff + 16 * d * d
     learning = 4 * d * ff + (tokens // 8 + held) * ff + 4 * 6 * d * d + 4 * max(d * ff, 5 * BATCH * ff + 2 * held * ff)
-    least = device.resident_bytes() + states + max(layer, learning) + 96 * MiB
+    records: Mapping[int, RecordLayout] = getattr(opened.checkpoint, "records", {})
+    rank = min(RANKS[-1], d // 2)
+    predictors = len(records) * ((d + ff) * rank * 17 // 16 + 4 * ff)  # in 8 bits
+    least = max(
+        device.resident_bytes() + states + max(layer, learning) + 96 * MiB,
+        least_to_measure(opened, records, run) + predictors + 48 * MiB,
+    )
     budget = device.budget_bytes(run.memory)
     if budget < least:
         raise BudgetError(
@@ -175,10 +185,10 @@ def _layers(
     progress: Progress | None,
 ) -> tuple[list[LayerSparsity], dict[str, torch.Tensor]]:
     parts = _cut(ids)
+    _check_room(opened, len(ids), run)
     done = Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids} {_digest(taken)}")
     # Nothing is pinned: what the budget has beside one layer is for what is learned of it.
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
-    _check_room(opened, len(ids), run)
     with Engine(opened, settled) as engine, torch.inference_mode():
         left = [
             i

@@ -41,6 +41,7 @@ class Study:
     tokens: int  # that thresholds are set on
     test_tokens: int
     perplexity: float
+    error: float  # of that perplexity, as a share: one standard error of the mean loss
     ways: tuple[Way, ...]
     max_increase: float
     ffn_bytes: int
@@ -88,17 +89,16 @@ def study(
         raise UsageError(
             f"The text is {len(ids):,} tokens; {tokens + test_tokens:,} are needed.", "Give a longer text with --text."
         )
-    learn = [ids[i : i + WINDOW] for i in range(0, tokens, WINDOW)]
-    test = ids[tokens : tokens + test_tokens]
+    learn, test = _windows(ids[:tokens]), _windows(ids[tokens : tokens + test_tokens])
     ways = [Way("dense", 1.0)] + [Way(kind, density) for kind in KINDS for density in DENSITIES]
-    settled = replace(run, exact=True, context=WINDOW, prefill_chunk=WINDOW, logit_rows=64)
+    settled = replace(run, exact=True, context=WINDOW, prefill_chunk=WINDOW, logit_rows=64, stream="always")
     with Engine(opened, settled) as engine, torch.inference_mode():
         decoder, rt = engine.decoder, engine.decoder.rt
         kv = engine.new_cache(WINDOW)
         scale = config.embedding_scale
         states = [decoder.embedding(torch.tensor(w), rt) * scale for w in learn]
         asked: Asked = {}
-        tested = [decoder.embedding(torch.tensor(test), rt) * scale for _ in ways]
+        tested = [[decoder.embedding(torch.tensor(w), rt) * scale for w in test] for _ in ways]
         for index, block in enumerate(decoder.blocks):
             if progress is not None:
                 progress(index, len(decoder.blocks), "measuring what neurons matter")
@@ -111,12 +111,15 @@ def study(
                 layer.settle(ways)
                 layer.asked = asked
                 for number, way in enumerate(ways):
-                    kv.trim(0)
                     ffn = layer.skipping(way)
-                    tested[number] = replace(block, ffn=ffn)(tested[number], kv, len(test), rt)  # type: ignore[arg-type]
+                    for part, x in enumerate(tested[number]):
+                        kv.trim(0)
+                        tested[number][part] = replace(block, ffn=ffn)(x, kv, len(x), rt)  # type: ignore[arg-type]
+                    layer.account(way)
         with rt.feed.hold(decoder.head.slices):
-            for way, x in zip(ways, tested, strict=True):
-                way.perplexity = _perplexity(engine, x, test)
+            losses = [torch.cat([_losses(engine, x, w) for x, w in zip(parts, test, strict=True)]) for parts in tested]
+            for way, loss in zip(ways, losses, strict=True):
+                way.perplexity, way.error = math.exp(float(loss.mean())), _error(loss - losses[0])
         count, files = len(decoder.blocks), opened.checkpoint.files
         for way in ways:
             way.kept /= count
@@ -131,7 +134,8 @@ def study(
             )  # the better one, as of plain streaming: what else the machine does only slows
     rates.append(measure(file).bytes_per_second)
     found = Study(
-        opened.name, sum(map(len, learn)), len(test), ways[0].perplexity, tuple(ways[1:]), max_increase,
+        opened.name, sum(map(len, learn)), sum(map(len, test)), ways[0].perplexity, _error(losses[0]), tuple(ways[1:]),
+        max_increase,
         layer.neuron_bytes * layer.count * count, max(rates), {},
     )  # fmt: skip
     return replace(found, best=_best(found))
@@ -149,8 +153,13 @@ def _best(found: Study) -> dict[float, tuple[str, float]]:
     return best
 
 
-def _perplexity(engine: Engine, x: torch.Tensor, ids: list[int]) -> float:
-    decoder, config, nats = engine.decoder, engine.config, 0.0
+def _windows(ids: list[int]) -> list[list[int]]:
+    return [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
+
+
+def _losses(engine: Engine, x: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """Nats of every token of `ids` but the first; x [N, d] is what comes out of the last layer."""
+    decoder, config, found = engine.decoder, engine.config, []
     if decoder.final_norm is not None:
         x = decoder.final_norm(x)
     for first in range(0, len(ids) - 1, 64):
@@ -158,5 +167,10 @@ def _perplexity(engine: Engine, x: torch.Tensor, ids: list[int]) -> float:
         if config.final_logit_softcap:
             logits = (logits / config.final_logit_softcap).tanh() * config.final_logit_softcap
         targets = torch.tensor(ids[first + 1 : first + 65])
-        nats -= float(logits.log_softmax(-1)[: len(targets)].gather(1, targets[:, None]).sum())
-    return math.exp(nats / (len(ids) - 1))
+        found.append(-logits.log_softmax(-1)[: len(targets)].gather(1, targets[:, None])[:, 0].double())
+    return torch.cat(found)
+
+
+def _error(losses: torch.Tensor) -> float:
+    """One standard error of their mean: of a perplexity, or of a ratio of two, a share."""
+    return float(losses.std() / len(losses) ** 0.5)

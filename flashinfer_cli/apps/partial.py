@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from ..bundles.publish import write_atomic
 from ..bundles.sparsity import LayerSparsity
@@ -28,11 +29,15 @@ class Partial:
             (self.folder / "key").write_text(key)
         self.layers: dict[int, LayerSparsity] = {}
         for file in self.folder.glob("*.json"):
-            layer = LayerSparsity(**json.loads(file.read_text()))
+            try:
+                layer = LayerSparsity(**json.loads(file.read_text()))
+                load_file(self.folder / f"{layer.layer}.safetensors")
+            except (OSError, ValueError, TypeError, SafetensorError):
+                continue  # damaged: learned again
             self.layers[layer.layer] = layer
 
     def keep(self, layer: LayerSparsity, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, self.folder / f"{layer.layer}.safetensors")
+        write_atomic(self.folder / f"{layer.layer}.safetensors", save(tensors))
         write_atomic(self.folder / f"{layer.layer}.json", json.dumps(asdict(layer)).encode())
         self.layers[layer.layer] = layer
 

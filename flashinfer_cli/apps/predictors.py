@@ -24,6 +24,7 @@ BITS: tuple[Quantize, ...] = ("int8", "int4")
 SLOT_WORTH = 0.3  # of a read a token: how much a slot more saves, about, where few of the neurons have one
 GOOD_ENOUGH = 1.6  # times what fires: a predictor that names less is not trained further
 RECALL_SLACK = 0.005  # of two predictors, how much less the better one may find
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 ROUNDS = 3  # of subspace iteration
 OVERSAMPLE = 32  # axes more than are asked for, so that the last of these are right too
 
@@ -149,19 +150,30 @@ def train(
     firing = sum(float(unpacked(part, len(b)).float().mean(1).sum()) for part in fired.split(BATCH))
     share = torch.tensor(firing / len(x)).clamp(1e-4, 0.5)
     weight = (1 - share) / share  # a silent neuron is the rule: what fires counts as much in sum
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    moments = [(torch.zeros_like(each), torch.zeros_like(each)) for each in parameters]
     steps, count = EPOCHS * -(-len(x) // BATCH), 0
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(x), generator=generator).split(BATCH):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * (1 - count / steps)
+            rate = LEARNING_RATE * (1 - count / steps)
             logits = F.linear(F.linear(x[rows], parameters[0]), parameters[1], parameters[2])
             loss = F.binary_cross_entropy_with_logits(logits, unpacked(fired[rows], len(b)).float(), pos_weight=weight)
-            optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
             count += 1
+            for parameter, (first, second) in zip(parameters, moments, strict=True):
+                _adam(parameter, first, second, rate, count)
     return parameters[0].detach(), parameters[1].detach(), parameters[2].detach()
+
+
+@torch.no_grad()
+def _adam(parameter: torch.Tensor, first: torch.Tensor, second: torch.Tensor, rate: float, step: int) -> None:
+    """One step of Adam (1412.6980) with the two moments of the gradient, which is dropped. torch.optim has it too, and
+    imports 800 modules for it: 75 MB that would stay."""
+    assert parameter.grad is not None
+    first.lerp_(parameter.grad, 1 - BETAS[0])
+    second.mul_(BETAS[1]).addcmul_(parameter.grad, parameter.grad, value=1 - BETAS[1])
+    bound = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
+    parameter.addcdiv_(first, bound, value=-rate / (1 - BETAS[0] ** step))
+    parameter.grad = None
 
 
 def fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from .. import device
 from ..bundles.order import chain
 from ..bundles.sparsity import ORDER_FILE, Sparsity
 from ..config import RunConfig
 from ..engine import Engine
-from ..models.open import open_model
+from ..models.layout import lay_out
+from ..models.open import OpenModel, open_model
+from ..models.sizes import sizes_of
+from ..plan import make_plan
 from .evaluate import log_probs, windows
 
 SEQUENCE = 512  # tokens of a window
@@ -64,6 +68,20 @@ def quality(
     }
 
 
+def least_to_measure(opened: OpenModel, layers: Collection[int], run: RunConfig) -> int:
+    """Bytes that `quality` takes at least, beside predictors of these layers, in this process as it stands now."""
+    run = _settled(run)
+    layout = lay_out(opened.checkpoint, opened.config, opened.weights, layers)
+    sizes, process = sizes_of(layout, opened.config, run), device.resident_bytes()
+    return make_plan(
+        sizes, budget=1 << 60, process=process, peak_so_far=0, context=SEQUENCE, chunk=run.prefill_chunk, stream="auto"
+    ).least  # fmt: skip
+
+
+def _settled(run: RunConfig) -> RunConfig:
+    return replace(run, context=SEQUENCE, logit_rows=64, prefill_chunk=64)
+
+
 def _score(
     path: Path,
     ids: list[int],
@@ -74,13 +92,12 @@ def _score(
 ) -> tuple[float, torch.Tensor]:
     """(perplexity, the first choice at every position) of one run; `demands` takes down what it asks for; `found`
     is not written yet."""
-    settled = replace(run, context=SEQUENCE, logit_rows=64, prefill_chunk=64)
     nats, count, chosen = 0.0, 0, []
     what = "measuring it dense" if run.exact else "measuring it sparse"
     opened = open_model(path)
     if found is not None:
         vars(opened)["sparsity"] = found  # as if it had been read
-    with Engine(opened, settled) as engine:
+    with Engine(opened, _settled(run)) as engine:
         if demands is not None and engine.neurons is not None:
             engine.neurons.trace = demands
         for window in windows(ids, SEQUENCE):

@@ -44,6 +44,7 @@ class Way:
     resident: float = 0.0  # copies that stay, as a share of the FFN
     fetched: float = 1.0  # of a neuron's bytes, what is read when it is needed
     perplexity: float = 0.0
+    error: float = 0.0  # of the change of perplexity, as a share: one standard error, token by token against dense
     kept: float = 0.0
     misses: dict[float, float] = field(default_factory=dict)
     seconds: dict[float, float] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class StudiedLayer:
         self.seen: list[torch.Tensor] = []
         self.worth = torch.zeros(self.count)  # sum of the product over tokens
         self.bounds: dict[tuple[str, float], float | torch.Tensor] = {}
+        self.kept: list[np.ndarray] = []  # bool [T, d_ff] a window, of the way that runs
 
     def _hidden(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._biased(x @ gate.T, x @ up.T)
@@ -119,10 +121,13 @@ class StudiedLayer:
         """Set thresholds, and the static set, on what was seen."""
         x = torch.cat(self.seen)
         taught = int(TAUGHT * len(x))
-        self.maps = [Whitened(x[:taught], m, self.rank).of_rank(self.rank) for m in (self.gate, self.up)]
+        if any(way.kind == "low-rank" for way in ways):
+            self.maps = [Whitened(x[:taught], m, self.rank).of_rank(self.rank) for m in (self.gate, self.up)]
         x = x[taught:]
         exact, step = self._hidden(x, self.gate, self.up), max(1, len(x) // 512)
         for kind in KINDS:
+            if not any(way.kind == kind for way in ways):
+                continue
             scores = self.worth if kind == "static" else self._scores(kind, x, exact)
             flat = scores.flatten().numpy()[:: 1 if kind == "static" else step]
             for way in ways:
@@ -133,7 +138,7 @@ class StudiedLayer:
         self.seen.clear()
 
     def skipping(self, way: Way) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-        """The layer without the neurons that the way says do not matter; the way keeps count."""
+        """The layer without the neurons that the way says do not matter; they are counted by `account`."""
 
         def run(x: torch.Tensor, rt: Any) -> torch.Tensor:
             g, u = self._hidden(x, self.gate, self.up)
@@ -144,12 +149,17 @@ class StudiedLayer:
                 kept = bound.expand(len(x), -1)
             else:
                 kept = self._scores(way.kind, x, (g, u)) >= bound
-            self._account(way, kept.numpy())
+            self.kept.append(kept.numpy())
             return self._out(g * u * kept)
 
         return run
 
-    def _account(self, way: Way, kept: np.ndarray) -> None:
+    def account(self, way: Way) -> None:
+        """Add what the layer kept since the call before to the way, as one sequence of tokens behind one cache."""
+        if not self.kept:
+            return  # dense
+        kept = np.concatenate(self.kept)
+        self.kept.clear()
         way.kept += float(kept.mean())
         way.resident = self.resident.get(way.kind, 0.0)
         way.fetched = 2 / 3 if way.kind == "gate" else 1.0

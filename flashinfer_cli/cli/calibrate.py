@@ -158,7 +158,8 @@ def study_table(found: Study) -> Table:
     """A row a way of skipping: what it costs, what it reads, and in the notes whether it pays."""
     rows = []
     for way in found.ways:
-        cells = [way.kind, f"{way.kept:.0%}", f"{way.perplexity:.3f}", f"{way.perplexity / found.perplexity - 1:+.1%}"]
+        change = f"{way.perplexity / found.perplexity - 1:+.1%} ±{way.error:.1%}"
+        cells = [way.kind, f"{way.kept:.0%}", f"{way.perplexity:.3f}", change]
         for share in MEMORY:
             read, seconds = way.bytes(share), found.seconds(way, share)
             cells += ["–", "–"] if read is None or seconds is None else [f"{read:.0%}", f"{1e3 * seconds:.0f} ms"]
@@ -166,7 +167,7 @@ def study_table(found: Study) -> Table:
     rates = [found.rate(way, share) / 1e9 for way in found.ways for share in MEMORY if way.bytes(share)]
     notes = [
         f"Thresholds from {found.tokens:,} tokens; perplexity of {found.test_tokens:,} that follow, "
-        f"{found.perplexity:.3f} with all neurons.",
+        f"{found.perplexity:.3f} ±{found.error:.1%} with all neurons. ± is one standard error, of a change by pairs.",
         f"Of the FFN ({format_size(found.ffn_bytes)}) so much is read a token, in so much time: neurons at "
         f"{min(rates, default=0):.2f} to {max(rates, default=0):.2f} GB/s, plain streaming at "
         f"{found.slice_rate / 1e9:.2f} GB/s.",
