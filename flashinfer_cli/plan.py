@@ -15,8 +15,7 @@ from .report import PlanPart
 
 RESERVE = 24 * MiB  # what no part accounts for: thread stacks, Python objects, fragments
 RESERVE_LATE = 4 * MiB  # of it, what neurons have behind a prompt, when most of what there may be has come
-RING_SLICES = 6  # the ring wanted, in slices of the largest size
-RING_SPARSE = 3  # beside neurons that go first, which leave the drive less time to read slices far ahead
+RING_SLICES = 6  # the ring wanted, in slices of the largest size; beside neurons, which go first, the least will do
 RING_LEAST = 2  # one in use, one on its way
 CHUNK_LEAST = 16
 
@@ -215,8 +214,7 @@ def make_plan(
             if sizes.neurons:  # every token's slices before those of prompts
                 demand, left = demand - spare, left + spare
             left -= ring
-            wanted = RING_SPARSE if sizes.neurons else RING_SLICES
-            more = min(max(0, wanted * largest - ring), left // 4)
+            more = 0 if sizes.neurons else min(max(0, RING_SLICES * largest - ring), left // 4)
             seldom_room = room if card is not None else left - more
             if card is None:  # up to what a token names, a byte of slots saves about as long a read as one of slices
                 seldom_room -= min(max(0, sizes.named - _lent(sizes, demand, chunk)), seldom_room // 3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flashinfer_cli.config import FEW_TOKENS, MiB
 from flashinfer_cli.errors import BudgetError
-from flashinfer_cli.plan import RESERVE_LATE, RING_SLICES, RING_SPARSE, MemoryPlan, Sizes, make_plan, spread
+from flashinfer_cli.plan import RESERVE_LATE, RING_LEAST, RING_SLICES, MemoryPlan, Sizes, make_plan, spread
 
 PROCESS = 300 * MiB
 
@@ -159,4 +159,4 @@ def test_a_ring_beside_neurons_is_short() -> None:
         return plan(sizes, refused.value.least + 110 * MiB).ring_bytes
 
     dense_of_the_same = Sizes(MiB, (8 * MiB,) * 40, 30_000, lambda chunk: chunk * 100_000)
-    assert ring(sparse()) == RING_SPARSE * 8 * MiB < ring(dense_of_the_same) <= RING_SLICES * 8 * MiB
+    assert ring(sparse()) == RING_LEAST * 8 * MiB < ring(dense_of_the_same) <= RING_SLICES * 8 * MiB
