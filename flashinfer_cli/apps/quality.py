@@ -70,7 +70,7 @@ def quality(
 
 def least_to_measure(opened: OpenModel, layers: Collection[int], run: RunConfig) -> int:
     """Bytes that `quality` takes at least, beside predictors of these layers, in this process as it stands now."""
-    run = _settled(run)
+    run = replace(_settled(run), kv_cache_type=opened.kv_cache_type(run.kv_cache_type))
     layout = lay_out(opened.checkpoint, opened.config, opened.weights, layers)
     sizes, process = sizes_of(layout, opened.config, run), device.resident_bytes()
     return make_plan(
