@@ -51,7 +51,7 @@ print(json.dumps(dict(least=least, says=says, same=same, process=process, layers
 def test_a_calibration_stays_within_what_it_says_it_takes(tmp_path: Path) -> None:
     """Of a shape in which most of it is what is learned of a layer, so that half of the estimate would not do."""
     shape = Shape(
-        vocab_size=300, hidden_size=64, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=300, hidden_size=64, intermediate_size=8192, num_hidden_layers=1, num_attention_heads=4,
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", CHILD, make(tmp_path, "relu", shape), str(TOKENS)],
@@ -68,5 +68,5 @@ def test_a_calibration_stays_within_what_it_says_it_takes(tmp_path: Path) -> Non
     assert f"--memory {-(-least // (1 << 20))}MiB" in hint
     assert found["same"], "a refusal writes nothing"
     print(f"{peak - process:,} of {least - process:,} bytes")
-    assert found["layers"] == 2 and peak <= least
+    assert found["layers"] == 1 and peak <= least
     assert peak - process > (least - process) / 3, "the estimate asks for far more than is taken"
