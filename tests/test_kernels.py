@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
+from half_code import halves_by
 from stored_weights import close, cols_of, unaligned, weights
 
 from flashinfer_cli.checkpoint.base import FORMATS, PLAIN
@@ -227,23 +226,7 @@ def test_activations_of_infinities_and_nan(numba: Kernels) -> None:
 def test_half_conversion_is_exact_with_and_without_the_processors_help(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llvmlite.binding as llvm
-    from llvmlite import ir
-
-    from flashinfer_cli.kernels import lanes, warm
-
-    if native and not lanes.converts_half():
-        pytest.skip("this processor has no conversion of its own")
-    monkeypatch.setattr(lanes, "converts_half", lambda: native)
-    machine = warm._target_machine()
-    module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [lanes.I64, lanes.I64]), "convert")
-    builder = ir.IRBuilder(function.append_basic_block())
-    lanes.Pointer(builder, function.args[1]).store(0, lanes.Pointer(builder, function.args[0]).half(0, 16))
-    builder.ret_void()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
-    engine.finalize_object()
-    convert = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("convert"))
+    convert = halves_by(native, monkeypatch, lambda source, target: target.store(0, source.half(0, 16)))
     halves = np.arange(1 << 16, dtype=np.uint16)
     got = np.empty(1 << 16, np.float32)
     for i in range(0, 1 << 16, 16):

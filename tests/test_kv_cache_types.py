@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf.quants import quantize as gguf_quantize
+from half_code import halves_by
 from tiny_models import DYNAMIC, Tiny, make, tiny_config_dicts
 
 import flashinfer_cli as fc
@@ -22,7 +22,7 @@ from flashinfer_cli.cli.main import run
 from flashinfer_cli.config import ModelConfig
 from flashinfer_cli.engine import Engine
 from flashinfer_cli.errors import UsageError
-from flashinfer_cli.kernels import Kernels
+from flashinfer_cli.kernels import Kernels, lanes
 from flashinfer_cli.kernels.kept import (
     elements,
     first_elements,
@@ -44,24 +44,7 @@ IDS = [5, 9, 31, 7, 7, 50, 3, 90, 11, 64, 2, 17]
 def test_a_half_is_the_nearest_with_and_without_the_processors_help(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llvmlite.binding as llvm
-    from llvmlite import ir
-
-    from flashinfer_cli.kernels import lanes, warm
-
-    if native and not lanes.converts_half():
-        pytest.skip("this processor has no conversion of its own")
-    monkeypatch.setattr(lanes, "converts_half", lambda: native)
-    machine = warm._target_machine()
-    module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [lanes.I64, lanes.I64]), "convert")
-    builder = ir.IRBuilder(function.append_basic_block())
-    values = lanes.Pointer(builder, function.args[0]).load(0, lanes.F32, 16)
-    lanes.Pointer(builder, function.args[1]).store_half(0, values)
-    builder.ret_void()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
-    engine.finalize_object()
-    convert = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("convert"))
+    convert = halves_by(native, monkeypatch, lambda source, target: target.store_half(0, source.load(0, lanes.F32, 16)))
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     finite = np.sort(halves[np.isfinite(halves)])
     middles = (finite[1:] + finite[:-1]) / 2  # exact in float32; each rounds to the even neighbour
