@@ -52,11 +52,6 @@ def elements(kept: torch.Tensor) -> int:
     return kept.shape[-1] if kept.dtype != torch.uint8 else kept.shape[-1] // FORMATS["Q8_0"][1] * FORMATS["Q8_0"][0]
 
 
-def first_elements(kept: torch.Tensor, elements: int) -> torch.Tensor:
-    """[..., n] cut to the first so many elements, as a view."""
-    return kept[..., : kept_width(kept_format(kept), elements)]
-
-
 def keep(x: torch.Tensor, fmt: str) -> torch.Tensor:
     """float32 [..., n] as it is kept."""
     if fmt == "F32":

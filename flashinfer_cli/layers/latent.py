@@ -13,7 +13,7 @@ import torch
 
 from ..cache.kv import KVCache
 from ..config import MlaConfig
-from ..kernels.kept import first_elements
+from ..kernels.kept import to_floats
 from .attention import LONG, attend, seen
 from .linear import Linear, Runtime
 from .norm import Norm
@@ -95,7 +95,8 @@ class LatentAttention:
         long = rt.mode.decoding and self.heads * keys.numel() > LONG
         if long:
             rt.share_cores(little=False)
-        mixed = attend(q.transpose(0, 1), keys, first_elements(keys, self.shape.kv_lora_rank), scale=self.scale)
+        keys = to_floats(keys)  # once: values are a part of them
+        mixed = attend(q.transpose(0, 1), keys, keys[..., : self.shape.kv_lora_rank], scale=self.scale)
         if long:
             rt.share_cores(little=True)
         return mixed
