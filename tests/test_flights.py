@@ -193,6 +193,30 @@ def test_a_program_runs_on_fewer_threads_than_it_was_written_for(tmp_path, compi
     kernels.close()
 
 
+def test_a_guess_is_handed_over_beside_the_product_that_follows_or_at_the_end(tmp_path, numba):
+    weight, scores = torch.randn(600, D).view(torch.uint8), np.zeros(COUNT, np.float32)
+    expected, made = torch.empty(1, 600), torch.empty(1, 600)
+    with layer_of(tmp_path, numba) as layer:
+        numba.linear(layer.x, weight, "F32", expected, 0)
+        product = Program(numba.threads)
+        product.linear(layer.x, weight, "F32", made, 0)
+        flights, alone, with_product = layer.cache.flights, layer.guess, layer.guess.followed_by(product)
+        assert flights is not None and (alone.count, product.count, with_product.count) == (1, 1, 2)
+        batch = next(array for array in flights._kept if isinstance(array, dict))[jobs.F_BATCHES]
+        begun, reads, left = (batch[word // 8 : word // 8 + 1] for word in (jobs.B_BEGUN, jobs.B_READS, jobs.B_LEFT))
+        for turn in range(20):
+            program = (alone, with_product)[turn % 2]
+            made.zero_()
+            assert layer.cache.prepare(0, layer.asked)
+            absent = np.flatnonzero(layer.cache.layers[0].slot < 0)[turn::7][:GUESSES]
+            flights.guess_ids[: len(absent)], layer.asked.found[0] = absent, len(absent)
+            numba.run(program)
+            assert begun[0] == reads[0] > 0 and left[0] > 0  # under way, and nobody has waited
+            assert torch.equal(made, expected) == (program is with_product)
+            assert layer.by_program(np.sort(absent[: 1 + turn % 3]), np.empty(0, np.int64), scores)
+            assert left[0] == 0
+
+
 class Tracer:
     def __init__(self, found: list[object]) -> None:
         self.found = found

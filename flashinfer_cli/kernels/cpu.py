@@ -13,6 +13,7 @@ from .crew import compute, compute_ffn, serve
 from .jobs import FFN, FFN_LISTED, GUESS, JOB, JOB_WORDS, PROGRAM, SPARSE
 from .memory import load_int, store_int
 from .products import compiled
+from .reads import hand_over_guess
 from .sparse import guess, sparse_ffn
 
 
@@ -23,12 +24,29 @@ def _one(pool: Any) -> Any:
     if kind in (FFN, FFN_LISTED):
         compute_ffn(pool)
     elif kind == GUESS:
-        guess(load_int(pool + JOB + 40))
+        guess(pool, load_int(pool + JOB + 40))
     elif kind == SPARSE:
         return sparse_ffn(pool)
     else:
         compute(pool)
     return True
+
+
+@compiled
+def _all(pool: Any) -> None:
+    """The job in the pool's words, or those of a program."""
+    job = pool + JOB
+    if load_int(job) != PROGRAM:
+        _one(pool)
+        return
+    place = load_int(job + 40)
+    stop = place + 8 * JOB_WORDS * load_int(job + 24)
+    while place < stop:
+        for word in range(JOB_WORDS):
+            store_int(job + 8 * word, load_int(place + 8 * word))
+        if not _one(pool):
+            return
+        place += 8 * JOB_WORDS
 
 
 @compiled
@@ -72,7 +90,7 @@ def enter(pool: Any, worker: Any) -> None:
     the most pieces of a read, gate bias the waste; out, stride, scratch and up bias what it fills, [group] the
     counts, code the address of the requests.
     COPY: `count` records of `width` bytes from where int64 `weight` says to where int64 out says.
-    GUESS: `sparse.guess` by the sheet at `weight`.
+    GUESS: `sparse.guess` by the sheet at `weight`; handed over in the next LINEAR, or at the end.
     SPARSE: out[cols] = what the neurons of one token contribute, as `sparse.sparse_ffn` brings them by the sheet at
     `weight`; the other words as those of FFN_LISTED, biases those of all neurons; scratch: as of FFN_LISTED with
     FFN_CHUNKS chunks.
@@ -82,15 +100,5 @@ def enter(pool: Any, worker: Any) -> None:
     if worker > 0:
         serve(pool, worker)
         return
-    job = pool + JOB
-    if load_int(job) != PROGRAM:
-        _one(pool)
-        return
-    place = load_int(job + 40)
-    stop = place + 8 * JOB_WORDS * load_int(job + 24)
-    while place < stop:
-        for word in range(JOB_WORDS):
-            store_int(job + 8 * word, load_int(place + 8 * word))
-        if not _one(pool):
-            return
-        place += 8 * JOB_WORDS
+    _all(pool)
+    hand_over_guess(pool)

@@ -24,6 +24,7 @@ from .jobs import (
     FFN_LISTED,
     GATE,
     JOB,
+    LATER,
     LAY_OUT,
     LINEAR,
     LINEAR_LISTED,
@@ -60,6 +61,7 @@ from .memory import (
 )
 from .mixes import mix
 from .products import F32, choose, compiled, converted, linear, neurons
+from .reads import hand_over_guess
 from .tokens import above_zero, attend_heads, kept_bytes, layer_norm_rows, norm_rows, rotate_heads
 
 SPINS = 3000  # turns of waiting for workers that have joined, before the rest of the machine is given a chance
@@ -78,6 +80,8 @@ def _help(pool: Any, worker: Any) -> None:
     scratch = load_int(job + 88) + (0 if kind == ADD_UP else worker * load_int(job + 96))
     act, gate_bias, up_bias, group = load_int(job + 104), load_int(job + 112), load_int(job + 120), load_int(job + 128)
     part = load_int(job + 136)
+    if kind == LINEAR and load_int(pool + LATER):
+        hand_over_guess(pool)
     while True:
         index = atomic_add(pool + NEXT, 1)
         first = index * chunk

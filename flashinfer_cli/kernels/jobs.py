@@ -34,6 +34,7 @@ SLEEPERS = 192  # marks of workers that went to sleep
 STOP = 256  # not zero: workers return
 PIPE_IN, PIPE_OUT, THREADS = 320, 328, 336
 MISSED = 344  # bytes of jobs since somebody went to sleep
+LATER = 360  # flights whose guess is laid out and not handed over, or 0
 PATIENCE = 352  # turns that a worker waits for the next job before it sleeps
 JOB = 384
 JOB_WORDS = 18

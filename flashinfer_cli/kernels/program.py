@@ -146,6 +146,15 @@ class Program:
     def count(self) -> int:
         return len(self._jobs)
 
+    def followed_by(self, other: Program) -> Program:
+        """A program of its own with the jobs of both, as they are now."""
+        both = Program(self.threads)
+        both.scratch = max(self.scratch, other.scratch)
+        both._jobs = self._jobs + other._jobs
+        both._open = self._open + [self.count + place for place in other._open]
+        both._kept = self._kept + other._kept
+        return both
+
     def _add(self, words: list[int], own: int, *kept: object) -> None:
         if own:
             self._open.append(len(self._jobs))

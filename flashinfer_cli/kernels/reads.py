@@ -22,6 +22,7 @@ from .jobs import (
     B_SIZES,
     B_VIEWS,
     EVENT_BYTES,
+    F_BATCHES,
     F_BUSY,
     F_BY_BITS,
     F_BYTES,
@@ -38,6 +39,7 @@ from .jobs import (
     F_USEFUL,
     F_WAITED,
     F_WASTE,
+    LATER,
     PREADV,
     S_BASE,
     S_FD,
@@ -45,7 +47,7 @@ from .jobs import (
     S_WIDTH,
 )
 from .layouts import lay_out
-from .memory import load_int, store_int
+from .memory import atomic_swap, load_int, store_int
 from .products import compiled
 
 syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 6))
@@ -145,8 +147,23 @@ def note(flights: Any) -> None:
 
 
 @compiled
+def hand_over_guess(pool: Any) -> None:
+    """What `sparse.guess` has left to be handed over, if nobody has yet."""
+    flights = atomic_swap(pool + LATER, 0)
+    if flights:
+        _submit(flights, load_int(flights + F_BATCHES))
+
+
+@compiled
 def begin(flights: Any, batch: Any, sheet: Any, n: Any, ids: Any, addresses: Any) -> None:
     """Read n records of the sheet's layer, ids ascending, to their addresses."""
+    prepare(flights, batch, sheet, n, ids, addresses)
+    _submit(flights, batch)
+
+
+@compiled
+def prepare(flights: Any, batch: Any, sheet: Any, n: Any, ids: Any, addresses: Any) -> None:
+    """`begin`, but for handing over: the first who waits for the batch does that, or `hand_over_guess`."""
     wait(flights, batch)  # a guess that was wrong may still be under way
     if load_int(batch + B_LEFT) > 0:  # nor does it end: what it works on may not change
         _more(batch + B_FAILED, 1)
@@ -176,4 +193,3 @@ def begin(flights: Any, batch: Any, sheet: Any, n: Any, ids: Any, addresses: Any
     store_int(batch + B_RECORDS, n)
     store_int(batch + B_LEFT, reads)
     store_int(batch + B_BEGUN, 0)
-    _submit(flights, batch)

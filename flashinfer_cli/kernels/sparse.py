@@ -34,6 +34,7 @@ from .jobs import (
     FFN_CHUNKS,
     FFN_LISTED,
     JOB,
+    LATER,
     S_ADDRESSES,
     S_ADDS,
     S_ASKED,
@@ -64,7 +65,7 @@ from .jobs import (
 )
 from .memory import load_byte, load_double, load_float, load_int, store_double, store_float, store_int
 from .products import compiled
-from .reads import begin, drop, note, wait
+from .reads import begin, drop, note, prepare, wait
 
 
 @compiled
@@ -74,8 +75,9 @@ def _batch(flights: Any, index: Any) -> Any:
 
 
 @compiled
-def guess(sheet: Any) -> None:
-    """Begin to read the layer's neurons at F_GUESS_IDS, [S_FOUND] of them, ahead of its demand."""
+def guess(pool: Any, sheet: Any) -> None:
+    """Lay out reads of the layer's neurons at F_GUESS_IDS, [S_FOUND] of them, ahead of its demand. One thread hands
+    them over while the others begin with the next product: that takes 4 us a read."""
     flights = load_int(sheet + S_FLIGHTS)
     if load_int(flights + F_GUESS_OF):
         store_int(flights + F_GUESSED, load_int(flights + F_GUESSED) + load_int(flights + F_GUESS_COUNT))
@@ -85,7 +87,8 @@ def guess(sheet: Any) -> None:
     rows, at, width = load_int(flights + F_GUESS_ROWS), load_int(flights + F_GUESS_AT), load_int(sheet + S_WIDTH)
     for i in range(found):
         store_int(rows + 8 * i, at + width * i)
-    begin(flights, _batch(flights, 0), sheet, found, load_int(flights + F_GUESS_IDS), rows)
+    prepare(flights, _batch(flights, 0), sheet, found, load_int(flights + F_GUESS_IDS), rows)
+    store_int(pool + LATER, flights if found > 0 else 0)
 
 
 @compiled

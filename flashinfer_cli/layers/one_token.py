@@ -115,7 +115,9 @@ class OneToken:
     _kv: Callable[[], KVCache | None] = lambda: None  # the cache of keys and values,
     _changes: int = -1  # and the state of what is pinned, that the steps are for
     _hits: int = 0  # slices that programs use
-    _guess: Program | None = None  # what the predictor says of the input without what attention adds
+    # what the predictor says of the input without what attention adds; where programs read, the first step too, beside
+    # whose first product one thread hands the reads over
+    _guess: Program | None = None
     _flight: Flight | None = None
     _barred: bool = False  # the drive does not take a program's reads
     _last: Program | None = None  # what follows the FFN
@@ -136,16 +138,16 @@ class OneToken:
         if self._flight is not None and not self._flight.prepare(rt):
             self._barred = True
             self._write_anew(row, kv, rt)
+        steps = self._steps
         if self._guess is not None and self.sparse is not None and self.sparse.worth_guessing():
-            assert self.predictor is not None
-            with rt.recorder.computing():
-                rt.kernels.run(self._guess)  # type: ignore[attr-defined]
             if self._flight is None:
+                self._run(self._guess, rt)
                 self.sparse.expect_named(self._ids)
-        for step in self._steps:
+            else:
+                steps = [self._guess, *steps[1:]]
+        for step in steps:
             if isinstance(step, Program):
-                with rt.recorder.computing():
-                    rt.kernels.run(step)  # type: ignore[attr-defined]
+                self._run(step, rt)
             else:
                 step(rt)
         h = self.bench.row("h", x.shape[1])
@@ -153,9 +155,12 @@ class OneToken:
             return row, h
         if not self._flight.finish(h, self.bench.row("f", x.shape[1]), rt):
             assert self._last is not None
-            with rt.recorder.computing():
-                rt.kernels.run(self._last)  # type: ignore[attr-defined]
+            self._run(self._last, rt)
         return row, None
+
+    def _run(self, program: Program, rt: Runtime) -> None:
+        with rt.recorder.computing():
+            rt.kernels.run(program)  # type: ignore[attr-defined]
 
     @property
     def flies(self) -> bool:
@@ -226,6 +231,9 @@ class OneToken:
             self._steps = []
             self._add_ffn(x, f, rt)  # once more, by itself
             self._last, self._steps = self._program(rt), steps
+            if self._guess is not None:
+                assert isinstance(steps[0], Program)  # it has the norm at least
+                self._guess = self._guess.followed_by(steps[0])
 
     def _add_ffn(self, x: torch.Tensor, f: torch.Tensor, rt: Runtime) -> None:
         if self.sparse is not None and self.sparse.down_bias is not None:
