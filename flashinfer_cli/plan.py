@@ -39,7 +39,7 @@ class Sizes:
     neurons: int = 0  # records of layers that have predictors: they take slots instead of being pinned
     neuron_block: int = 0  # the neurons of a token, gathered
     few: int = FEW_TOKENS  # of a pass that leaves to neurons what a prompt's pass would take
-    named: int = 0  # of the neurons, what predictors name for a token
+    slots_first: int = 0  # of the neurons, what has slots before slices stay, where not all of these do
     order: tuple[int, ...] = ()  # places in `slices`, what stays first; where given, in place of an even spread
     table: int = 0  # an embedding table apart from the head; its rows can be read by token instead
     expert: int = 0  # one slot
@@ -216,8 +216,8 @@ def make_plan(
             left -= ring
             more = 0 if sizes.neurons else min(max(0, RING_SLICES * largest - ring), left // 4)
             seldom_room = room if card is not None else left - more
-            if card is None:  # up to what a token names, a byte of slots saves about as long a read as one of slices
-                seldom_room -= min(max(0, sizes.named - _lent(sizes, demand, chunk)), seldom_room // 3)
+            if card is None:
+                seldom_room -= min(max(0, sizes.slots_first - _lent(sizes, demand, chunk)), seldom_room // 3)
         ring, left = ring + more, left - more
         if sizes.neurons:  # what every token needs first, then as many neurons as there is room for
             seldom_room = min(seldom_room, often)

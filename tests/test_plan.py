@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flashinfer_cli.config import FEW_TOKENS, MiB
 from flashinfer_cli.errors import BudgetError
+from flashinfer_cli.models.sizes import REQUEST_BYTES, slots_first
 from flashinfer_cli.plan import RESERVE_LATE, RING_LEAST, RING_SLICES, MemoryPlan, Sizes, make_plan, spread
 
 PROCESS = 300 * MiB
@@ -150,6 +154,25 @@ def test_a_prompts_memory_is_for_neurons_behind_it() -> None:
         lent = made.demand_bytes + sizes.scratch(made.chunk) - sizes.scratch(min(made.chunk, FEW_TOKENS))
         assert made.late_bytes == lent + RESERVE_LATE
     assert plan(sizes, refused.value.least + 1000 * MiB).late_bytes == 0  # all stay in any case
+
+
+def test_neurons_have_slots_before_slices_stay() -> None:
+    """As many as are asked for, where a third of the room is enough for them; with what a prompt gives back."""
+    sizes = sparse()
+    with pytest.raises(BudgetError) as refused:
+        plan(sizes, PROCESS)
+    budget = refused.value.least + 110 * MiB
+    none = plan(sizes, budget)
+    lent = none.late_bytes - RESERVE_LATE
+    assert none.neuron_bytes < 8 * MiB  # what is left over
+    room = none.neuron_bytes + none.resident_bytes - sizes.always
+    for asked, least in ((lent, 0), (lent + 20 * MiB, 20 * MiB), (sizes.neurons, room // 3)):
+        made = plan(replace(sizes, slots_first=asked), budget)
+        assert least <= made.neuron_bytes < least + 8 * MiB  # to which the slice adds that found no room
+        assert made.neuron_bytes + made.resident_bytes <= none.neuron_bytes + none.resident_bytes
+    for width in (512, 5120, 8192, 24576):  # the last of them saves as long a read as a slice would
+        last = slots_first(1000, width)
+        assert math.exp(-last / 1000) * (width + REQUEST_BYTES) == pytest.approx(width)
 
 
 def test_a_ring_beside_neurons_is_short() -> None:

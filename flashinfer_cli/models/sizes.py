@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from ..config import NEURON_BLOCK, NEURON_GUESSES, NEURON_STAGES, MiB, ModelConfig, RunConfig
+from ..config import NEURON_BLOCK, NEURON_GUESSES, NEURON_STAGES, KiB, MiB, ModelConfig, RunConfig
 from ..kernels.kept import kept_format_of, kept_nbytes
 from ..layers.attention import FLOAT_BYTES, SCORE_BYTES
 from ..plan import Sizes
 from ..store.spans import span_of
 from .layout import LayerLayout, ModelLayout
+
+REQUEST_BYTES = 16 * KiB  # what a drive reads of a slice in the 10 us that a request takes it, beside its bytes
 
 
 def _ffn_width(layer: LayerLayout, whole: int) -> int:
@@ -26,6 +29,25 @@ def _inside_first(layout: ModelLayout) -> tuple[int, ...]:
     wanted = [*layout.head.slices, *(one for layer in layers for one in layer.slices)]
     first = [places.pop(id(one)) for one in wanted]
     return (*places.values(), *first)  # what no layer has, projections in and out, stays before all
+
+
+def slots_first(named: float, width: int) -> float:
+    """Slots of `width` bytes up to which one more saves a longer read than as many bytes of slices that stay.
+
+    Where a token names n neurons and s have slots, another spares some exp(-s / n) reads a token, and each takes as
+    long as width + REQUEST_BYTES of a slice.
+    """
+    return named * math.log1p(REQUEST_BYTES / width)
+
+
+def _slots_first(layout: ModelLayout, shares: Mapping[int, float]) -> int:
+    """Bytes of these slots, of all layers."""
+    total = 0.0
+    for index, share in shares.items():
+        records = layout.layers[index].records
+        if layout.layers[index].sparse and records is not None:
+            total += records.width_bytes * slots_first(share * records.count, records.width_bytes)
+    return int(total)
 
 
 def sizes_of(
@@ -80,7 +102,7 @@ def sizes_of(
         seldom=(*layout.on_demand, *(False for _ in layout.head.slices)),
         demand=max((layer.demanded for layer in layout.layers), default=0),
         neurons=sum(layer.neuron_bytes for layer in layout.layers),
-        named=int(sum(share * layout.layers[index].neuron_bytes for index, share in (named or {}).items())),
+        slots_first=_slots_first(layout, named or {}),
         neuron_block=max(
             (
                 (NEURON_STAGES * NEURON_BLOCK + NEURON_GUESSES * run.prefetch_neurons) * layer.records.width_bytes
