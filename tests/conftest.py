@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 # Torch's threads wait for the next of many small operations in a loop: beside anything else that runs on the machine, a
 # test takes up to nine times as long. Told to sleep instead, they do not; it is read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Kernels that are not compiled yet are, while the tests are collected."""
+    from flashinfer_cli.kernels.warm import ensure_compiled
+
+    if not session.config.option.collectonly:
+        threading.Thread(target=ensure_compiled, daemon=True).start()
 
 
 def pytest_collection_finish() -> None:

@@ -175,9 +175,10 @@ def test_the_study_of_a_gated_model(tmp_path, monkeypatch):
     monkeypatch.setattr(gated, "DENSITIES", (0.9, 0.5))
     monkeypatch.setattr(gated, "measure", partial(gated.measure, seconds=0.05))
     out = make(tmp_path, "silu")
-    found, other = (
-        gated.study(path, TEXT, RunConfig(), tokens=600, test_tokens=100) for path in (out, out.parent / "m")
-    )
+    found = gated.study(out, TEXT, RunConfig(), tokens=600, test_tokens=100)
+    with monkeypatch.context() as quicker:
+        quicker.setattr(gated, "measure_records", lambda *_: 1.0)  # of a drive that has been measured
+        other = gated.study(out.parent / "m", TEXT, RunConfig(), tokens=600, test_tokens=100)
     assert [gated.replace(w, seconds={}) for w in found.ways] == [gated.replace(w, seconds={}) for w in other.ways]
     with fc.load(out, context=512) as engine:
         ids = engine.tokenizer.encode(TEXT)[600:700]
