@@ -6,11 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 from test_calibrate import TEXT, make
 
+from flashinfer_cli.apps.calibrate import calibrate
+from flashinfer_cli.apps.evaluate import windows
+from flashinfer_cli.apps.quality import SEQUENCE, Demands
+from flashinfer_cli.bundles.sparsity import ORDER_FILE
+from flashinfer_cli.config import RunConfig
 from flashinfer_cli.training.shape import Shape
 
 TOKENS = 9_000
@@ -70,3 +78,29 @@ def test_a_calibration_stays_within_what_it_says_it_takes(tmp_path: Path) -> Non
     print(f"{peak - process:,} of {least - process:,} bytes")
     assert found["layers"] == 1 and peak <= least
     assert peak - process > (least - process) / 3, "the estimate asks for far more than is taken"
+
+
+def test_what_a_measured_run_demands_is_taken_down_in_memory_that_was_there_before_it() -> None:
+    """A run is planned to take all of its budget: what grows beside it would be too much."""
+    layers, count, tokens = 3, 4096, 1100
+    tracemalloc.start()
+    demands = Demands(dict.fromkeys(range(layers), count), tokens)
+    before = tracemalloc.get_traced_memory()[0]
+    assert before >= Demands.nbytes(layers, count, tokens) > layers * tokens * count // 8
+    demanded = sum(len(window) for window in windows(list(range(tokens)), SEQUENCE))
+    assert demanded > tokens  # those where windows meet twice
+    for _ in range(demanded):
+        for layer in range(layers):
+            demands.demand("decode", layer, np.arange(layer, count, 3)[None])
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert after - before < before // 50
+    with pytest.raises(IndexError):
+        demands.demand("decode", 0, np.arange(3)[None])
+
+
+def test_a_text_of_several_windows_is_measured(tmp_path: Path) -> None:
+    found = calibrate(make(tmp_path, "relu"), TEXT, RunConfig(), tokens=1000, evaluate_tokens=SEQUENCE + 20)
+    assert found.quality["perplexity"] > 1
+    order = load_file(tmp_path / "b" / ORDER_FILE)
+    assert all(sorted(neurons.tolist()) == list(range(160)) for neurons in order.values())

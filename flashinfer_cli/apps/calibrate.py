@@ -87,12 +87,14 @@ def calibrate(
     path = opened.checkpoint.path
     with writer_lock(path):
         taken, learned = ({}, len(ids)) if like is None else _taken(opened, Path(like))
+        _check_room(opened, min(len(ids), LIKE_TOKENS) if taken else len(ids), len(test), run)
         layers, predictors = _layers(opened, ids[:LIKE_TOKENS] if taken else ids, run, recall, taken, progress)
         (path / SPARSITY_FILE).unlink(missing_ok=True)  # of a calibration before: it goes with its predictors
         save_file(predictors, path / f"{PREDICTORS_FILE}.tmp")
         (path / f"{PREDICTORS_FILE}.tmp").replace(path / PREDICTORS_FILE)
         found = Sparsity(manifest_digest(path), learned, tuple(layers), {})
-        demands = Demands({layer.layer: opened.config.intermediate_size for layer in layers})
+        del predictors  # the run that is measured has its own
+        demands = Demands({layer.layer: opened.config.intermediate_size for layer in layers}, len(test))
         found = replace(found, quality=quality(path, test, run, progress, demands, found))
         demands.write_order(path, progress)
         write_atomic(path / SPARSITY_FILE, sparsity_json(found))  # the last: now the bundle runs sparse
@@ -127,7 +129,7 @@ def _check(opened: OpenModel) -> None:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
 
 
-def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
+def _check_room(opened: OpenModel, tokens: int, test_tokens: int, run: RunConfig) -> None:
     """Raises BudgetError where one layer and what is learned of it do not fit beside the process, or what measures it
     when all are learned."""
     config = opened.config
@@ -141,7 +143,7 @@ def _check_room(opened: OpenModel, tokens: int, run: RunConfig) -> None:
     predictors = len(records) * ((d + ff) * rank * 17 // 16 + 4 * ff)  # in 8 bits
     least = max(
         device.resident_bytes() + states + max(layer, learning) + 96 * MiB,
-        least_to_measure(opened, records, run) + predictors + 48 * MiB,
+        least_to_measure(opened, records, run) + predictors + Demands.nbytes(len(records), ff, test_tokens) + 24 * MiB,
     )
     budget = device.budget_bytes(run.memory)
     if budget < least:
@@ -185,7 +187,6 @@ def _layers(
     progress: Progress | None,
 ) -> tuple[list[LayerSparsity], dict[str, torch.Tensor]]:
     parts = _cut(ids)
-    _check_room(opened, len(ids), run)
     done = Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids} {_digest(taken)}")
     # Nothing is pinned: what the budget has beside one layer is for what is learned of it.
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")

@@ -28,11 +28,28 @@ Progress = Callable[[int, int, str], None]
 
 
 class Demands:
-    """What the tokens of a run demanded of each layer, a bit a neuron."""
+    """What each token of a text of `tokens` demanded of each layer, a bit a neuron; those where windows meet, twice.
 
-    def __init__(self, counts: dict[int, int]) -> None:
+    All of its memory is taken at once, so that it belongs to the process when the run that it watches is planned: a run
+    takes its whole budget.
+    """
+
+    def __init__(self, counts: dict[int, int], tokens: int) -> None:
         self.counts = counts
-        self.tokens: dict[int, list[np.ndarray]] = {layer: [] for layer in counts}
+        rows = self._rows(tokens)
+        self._bits = {layer: np.empty((rows, -(-count // 8)), np.uint8) for layer, count in counts.items()}
+        for bits in self._bits.values():
+            bits.fill(0)  # which is what takes it
+        self._tokens = dict.fromkeys(counts, 0)
+
+    @staticmethod
+    def _rows(tokens: int) -> int:
+        return sum(map(len, windows(range(tokens), SEQUENCE)))
+
+    @classmethod
+    def nbytes(cls, layers: int, count: int, tokens: int) -> int:
+        """Of so many layers of `count` neurons."""
+        return layers * cls._rows(tokens) * -(-count // 8)
 
     def expect(self, layer: int, worth: np.ndarray) -> None:
         """What policies go by is not kept."""
@@ -41,7 +58,8 @@ class Demands:
         if phase == "decode":
             demanded = np.zeros(self.counts[layer], bool)
             demanded[chosen[0]] = True
-            self.tokens[layer].append(np.packbits(demanded))
+            self._bits[layer][self._tokens[layer]] = np.packbits(demanded)
+            self._tokens[layer] += 1
 
     def write_order(self, path: Path, progress: Progress | None) -> None:
         """Which neurons belong side by side, for `reorder`."""
@@ -49,7 +67,8 @@ class Demands:
         for layer, count in self.counts.items():
             if progress is not None:
                 progress(len(orders), len(self.counts), "finding which neurons fire together")
-            tokens = [np.flatnonzero(np.unpackbits(packed, count=count)) for packed in self.tokens[layer]]
+            asked = self._bits[layer][: self._tokens[layer]]
+            tokens = [np.flatnonzero(np.unpackbits(packed, count=count)) for packed in asked]
             orders[str(layer)] = torch.from_numpy(chain(tokens, count))
         save_file(orders, path / f"{ORDER_FILE}.tmp")
         (path / f"{ORDER_FILE}.tmp").replace(path / ORDER_FILE)
