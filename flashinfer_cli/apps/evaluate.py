@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from .. import device as devices
 from ..config import RunConfig
 from ..engine import Engine
 from ..errors import UsageError
@@ -103,5 +104,7 @@ def log_probs(engine: Engine, ids: Sequence[int], chunk: int | None = None) -> I
         phase: Literal["prefill", "decode"] = "decode" if engine.exactness in LOSSY else "prefill"
         for logits in session.all_logits(ids, chunk or engine.plan.chunk, phase):
             yield logits.cpu().log_softmax(-1)
+            del logits
+            devices.release_free_memory()  # what passes leave in the heap adds up, and is in nobody's budget
     finally:
         engine.decoder.rt.feed.end()
