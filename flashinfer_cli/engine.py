@@ -124,7 +124,7 @@ class Engine:
         self.sparsity = None if run.exact else model.sparsity
         known = self.sparsity.layers if self.sparsity is not None else ()
         sparse_layers = [layer.layer for layer in known]
-        predictors = load_predictors(model.checkpoint.path, sparse_layers, self.kernels, self.device)
+        predictors = load_predictors(model.predictors_file, sparse_layers, self.kernels, self.device)
         bundled_experts = model.config.moe is not None and model.checkpoint.kind == "bundle"
         self.probes = read_ahead(model.checkpoint.path) if bundled_experts else {}
         layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers, run.degrade > 0)

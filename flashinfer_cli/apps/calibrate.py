@@ -15,19 +15,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .. import device
 from ..bundles.format import RecordLayout, format_bytes
-from ..bundles.publish import write_atomic, writer_lock
+from ..bundles.publish import writer_lock
 from ..bundles.sparsity import (
     PREDICTORS_FILE,
-    SPARSITY_FILE,
     LayerSparsity,
     Sparsity,
     manifest_digest,
     read_sparsity,
-    sparsity_json,
 )
 from ..config import MiB, RunConfig, format_size
 from ..engine import Engine
@@ -38,7 +36,8 @@ from ..models.decoder import Block
 from ..models.open import OpenModel, open_model
 from ..models.predictors import named, read
 from .layerwise import layer_by_layer
-from .partial import Partial, forget
+from .partial import STAGES, Partial
+from .paying import missed
 from .predictors import BATCH, RANKS, cheapest, fit, judged, new_in_window, packed, unpacked
 from .quality import SEQUENCE, Demands, Progress, least_to_measure, quality
 
@@ -60,17 +59,21 @@ def calibrate(
     recall: float = 0.98,
     evaluate_tokens: int = 1_000,
     like: str | Path | None = None,
+    max_increase: float = 0.01,
     progress: Progress | None = None,
 ) -> Sparsity:
     """Write predictors and statistics into a bundle; returns them.
 
     `like` is a calibrated bundle of the same model, in other formats or this one: its predictors are taken, and only
     their thresholds are set anew, on at most LIKE_TOKENS.
-    `recall` is what each predictor must reach on held-out tokens. Raises UnsupportedModelError for what has no zeros to
-    skip (SiLU, GELU), UsageError for too little text.
+    `recall` is what each predictor must reach on held-out tokens. Where perplexity rises by more than the share
+    `max_increase`, thresholds are set anew for a higher one, twice at most; then nothing is written and
+    UnsupportedModelError raised, as for what has no zeros to skip (SiLU, GELU). UsageError for too little text.
     """
     opened = open_model(bundle)
     _check(opened)
+    if evaluate_tokens < 2:
+        raise UsageError(f"{evaluate_tokens} tokens held out cannot be predicted; two can.")
     ids = opened.tokenizer.encode(text)
     if len(ids) < LEAST_TOKENS + evaluate_tokens:
         raise UsageError(
@@ -88,17 +91,25 @@ def calibrate(
     with writer_lock(path):
         taken, learned = ({}, len(ids)) if like is None else _taken(opened, Path(like))
         _check_room(opened, min(len(ids), LIKE_TOKENS) if taken else len(ids), len(test), run)
-        layers, predictors = _layers(opened, ids[:LIKE_TOKENS] if taken else ids, run, recall, taken, progress)
-        (path / SPARSITY_FILE).unlink(missing_ok=True)  # of a calibration before: it goes with its predictors
-        save_file(predictors, path / f"{PREDICTORS_FILE}.tmp")
-        (path / f"{PREDICTORS_FILE}.tmp").replace(path / PREDICTORS_FILE)
-        found = Sparsity(manifest_digest(path), learned, tuple(layers), {})
-        del predictors  # the run that is measured has its own
-        demands = Demands({layer.layer: opened.config.intermediate_size for layer in layers}, len(test))
-        found = replace(found, quality=quality(path, test, run, progress, demands, found))
-        demands.write_order(path, progress)
-        write_atomic(path / SPARSITY_FILE, sparsity_json(found))  # the last: now the bundle runs sparse
-        forget(path)
+        for stage in range(STAGES):
+            done = _layers(opened, ids[:LIKE_TOKENS] if taken else ids, run, recall, taken, stage, progress)
+            taken, file = {}, done.join()  # the run that is measured has its own
+            found = Sparsity(manifest_digest(path), learned, tuple(done.layers[i] for i in sorted(done.layers)), {})
+            demands = Demands({layer.layer: opened.config.intermediate_size for layer in found.layers}, len(test))
+            found = replace(found, quality=quality(path, test, run, progress, demands, found, file))
+            if found.perplexity_increase <= max_increase:
+                break
+            taken, recall = load_file(file), 1 - (1 - recall) / 4
+            demands = Demands({}, 0)  # its memory is the next one's
+        else:
+            raise UnsupportedModelError(
+                f"Perplexity rises by {found.perplexity_increase:.2%} even at {found.recall:.2%} recall, and "
+                f"{max_increase:.2%} is the most asked for: skipping neurons does not pay for this model.",
+                "The bundle is as it was. Allow more with --max-ppl-increase, or stream it plainly.",
+            )
+        found = replace(found, missed=missed(demands, getattr(opened.checkpoint, "records", {}), found))
+        demands.write_order(done.folder, progress)
+        done.publish(found)
     return found
 
 
@@ -141,16 +152,16 @@ def _check_room(opened: OpenModel, tokens: int, test_tokens: int, run: RunConfig
     records: Mapping[int, RecordLayout] = getattr(opened.checkpoint, "records", {})
     rank = min(RANKS[-1], d // 2)
     predictors = len(records) * ((d + ff) * rank * 17 // 16 + 4 * ff)  # in 8 bits
-    least = max(
-        device.resident_bytes() + states + max(layer, learning) + 96 * MiB,
-        least_to_measure(opened, records, run) + predictors + Demands.nbytes(len(records), ff, test_tokens) + 24 * MiB,
-    )
+    to_learn = device.resident_bytes() + states + max(layer, learning) + 96 * MiB
+    to_measure = least_to_measure(opened, records, run) + predictors + Demands.nbytes(len(records), ff, test_tokens)
+    least = max(to_learn, to_measure + 24 * MiB)
     budget = device.budget_bytes(run.memory)
     if budget < least:
+        fewer = ", or fewer --tokens" if to_learn == least and tokens > LIKE_TOKENS else ""
         raise BudgetError(
             f"The memory budget of {format_size(budget)} is too small to calibrate on {tokens:,} tokens: "
             f"that takes about {format_size(least)}.",
-            f"Give --memory {-(-least // MiB)}MiB or more, or fewer --tokens.",
+            f"Give --memory {-(-least // MiB)}MiB or more{fewer}.",
             least=least,
         )
 
@@ -184,10 +195,11 @@ def _layers(
     run: RunConfig,
     recall: float,
     taken: Mapping[str, torch.Tensor],
+    stage: int,
     progress: Progress | None,
-) -> tuple[list[LayerSparsity], dict[str, torch.Tensor]]:
-    parts = _cut(ids)
-    done = Partial(opened.checkpoint.path, f"{manifest_digest(opened.checkpoint.path)} {recall} {ids} {_digest(taken)}")
+) -> Partial:
+    parts, path = _cut(ids), opened.checkpoint.path
+    done = Partial(path, f"{manifest_digest(path)} {recall} {ids} {_digest(taken)}", stage)
     # Nothing is pinned: what the budget has beside one layer is for what is learned of it.
     settled = replace(run, exact=True, context=SEQUENCE, prefill_chunk=SEQUENCE, stream="always")
     with Engine(opened, settled) as engine, torch.inference_mode():
@@ -211,7 +223,7 @@ def _layers(
                 break  # behind it there is nothing to learn
     if not done.layers:
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
-    return [done.layers[i] for i in sorted(done.layers)], done.tensors()
+    return done
 
 
 def _digest(taken: Mapping[str, torch.Tensor]) -> str:

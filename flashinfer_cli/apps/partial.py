@@ -9,22 +9,24 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
-from ..bundles.publish import write_atomic
-from ..bundles.sparsity import LayerSparsity
+from ..bundles.publish import move_atomic, write_atomic
+from ..bundles.sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE, LayerSparsity, Sparsity, sparsity_json
 
 PARTIAL = ".calibration"
+STAGES = 3  # the recall asked for, and twice a higher one where that costs too much perplexity
 
 
 class Partial:
-    """Layers that are done, in a hidden folder beside the bundle, for the same bundle, text and recall only."""
+    """Layers that are done, in a hidden folder beside the bundle, for the same bundle, text and recall only; at the end
+    what is measured before the bundle has it. `stage`: how often thresholds were set anew, a folder each."""
 
-    def __init__(self, bundle: Path, what: str) -> None:
-        self.folder = _folder(bundle)
+    def __init__(self, bundle: Path, what: str, stage: int = 0) -> None:
+        self.bundle, self.folder = bundle, _folder(bundle, stage)
         key = hashlib.sha256(what.encode()).hexdigest()
         if not (self.folder / "key").exists() or (self.folder / "key").read_text() != key:
-            forget(bundle)
+            _remove(self.folder)
             self.folder.mkdir()
             (self.folder / "key").write_text(key)
         self.layers: dict[int, LayerSparsity] = {}
@@ -41,16 +43,27 @@ class Partial:
         write_atomic(self.folder / f"{layer.layer}.json", json.dumps(asdict(layer)).encode())
         self.layers[layer.layer] = layer
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {k: v for i in self.layers for k, v in load_file(self.folder / f"{i}.safetensors").items()}
+    def join(self) -> Path:
+        """All layers' predictors as one file."""
+        tensors = {k: v for i in self.layers for k, v in load_file(self.folder / f"{i}.safetensors").items()}
+        save_file(tensors, self.folder / PREDICTORS_FILE)
+        return self.folder / PREDICTORS_FILE
+
+    def publish(self, found: Sparsity) -> None:
+        """Put predictors, order and statistics into the bundle: the last make it sparse, those of before go first."""
+        (self.bundle / SPARSITY_FILE).unlink(missing_ok=True)
+        for name in (PREDICTORS_FILE, ORDER_FILE):
+            move_atomic(self.folder / name, self.bundle / name)
+        write_atomic(self.bundle / SPARSITY_FILE, sparsity_json(found))
+        for stage in range(STAGES):
+            _remove(_folder(self.bundle, stage))
 
 
-def _folder(bundle: Path) -> Path:
-    return bundle.with_name(f".{bundle.name}{PARTIAL}")
+def _folder(bundle: Path, stage: int) -> Path:
+    return bundle.with_name(f".{bundle.name}{PARTIAL}{f'-{stage}' if stage else ''}")
 
 
-def forget(bundle: Path) -> None:
-    folder = _folder(bundle)
+def _remove(folder: Path) -> None:
     if folder.exists():
         for file in folder.iterdir():
             file.unlink()

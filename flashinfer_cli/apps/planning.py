@@ -36,7 +36,10 @@ def plan_only(model: str, run: RunConfig) -> MemoryPlan:
     )[0]
     warm_up(kernels, device)
     path, bundled_experts = opened.checkpoint.path, opened.config.moe is not None and opened.checkpoint.kind == "bundle"
-    learned = load_predictors(path, sparse, kernels, device), read_ahead(path) if bundled_experts else {}
+    learned = (
+        load_predictors(opened.predictors_file, sparse, kernels, device),
+        read_ahead(path) if bundled_experts else {},
+    )
     layout = lay_out(opened.checkpoint, opened.config, opened.weights, sparse, run.degrade > 0)
     if run.memory not in (None, "auto"):
         devices.let_go_of_code()

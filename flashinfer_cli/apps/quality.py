@@ -61,24 +61,35 @@ class Demands:
             self._bits[layer][self._tokens[layer]] = np.packbits(demanded)
             self._tokens[layer] += 1
 
-    def write_order(self, path: Path, progress: Progress | None) -> None:
+    def of(self, layer: int) -> list[np.ndarray]:
+        """The ids, ascending, that each token demanded."""
+        asked = self._bits[layer][: self._tokens[layer]]
+        return [np.flatnonzero(np.unpackbits(bits, count=self.counts[layer])) for bits in asked]
+
+    def write_order(self, folder: Path, progress: Progress | None) -> None:
         """Which neurons belong side by side, for `reorder`."""
         orders: dict[str, torch.Tensor] = {}
         for layer, count in self.counts.items():
             if progress is not None:
                 progress(len(orders), len(self.counts), "finding which neurons fire together")
-            asked = self._bits[layer][: self._tokens[layer]]
-            tokens = [np.flatnonzero(np.unpackbits(packed, count=count)) for packed in asked]
-            orders[str(layer)] = torch.from_numpy(chain(tokens, count))
-        save_file(orders, path / f"{ORDER_FILE}.tmp")
-        (path / f"{ORDER_FILE}.tmp").replace(path / ORDER_FILE)
+            orders[str(layer)] = torch.from_numpy(chain(self.of(layer), count))
+        save_file(orders, folder / ORDER_FILE)
 
 
 def quality(
-    path: Path, ids: list[int], run: RunConfig, progress: Progress | None, demands: Demands, found: Sparsity
+    path: Path,
+    ids: list[int],
+    run: RunConfig,
+    progress: Progress | None,
+    demands: Demands,
+    found: Sparsity,
+    predictors: Path,
 ) -> dict[str, float]:
-    """Perplexity of held-out tokens, computed as at decoding and densely, and how often both have the same choice."""
-    sparse, chosen = _score(path, ids, replace(run, exact=False), progress, demands, found)
+    """Perplexity of held-out tokens, computed as at decoding and densely, and how often both have the same choice.
+
+    `found` and its `predictors` need not be the bundle's yet; `demands` takes down what they ask for.
+    """
+    sparse, chosen = _score(path, ids, replace(run, exact=False), progress, demands, found, predictors)
     dense, wanted = _score(path, ids, replace(run, exact=True), progress)
     return {
         "perplexity": sparse,
@@ -108,14 +119,14 @@ def _score(
     progress: Progress | None,
     demands: Demands | None = None,
     found: Sparsity | None = None,
+    predictors: Path | None = None,
 ) -> tuple[float, torch.Tensor]:
-    """(perplexity, the first choice at every position) of one run; `demands` takes down what it asks for; `found`
-    is not written yet."""
+    """(perplexity, the first choice at every position) of one run."""
     nats, count, chosen = 0.0, 0, []
     what = "measuring it dense" if run.exact else "measuring it sparse"
     opened = open_model(path)
     if found is not None:
-        vars(opened)["sparsity"] = found  # as if it had been read
+        vars(opened).update(sparsity=found, predictors_file=predictors)  # as if the bundle had them
     with Engine(opened, _settled(run)) as engine:
         if demands is not None and engine.neurons is not None:
             engine.neurons.trace = demands

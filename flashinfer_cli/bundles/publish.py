@@ -48,6 +48,17 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def move_atomic(source: Path, target: Path) -> None:
+    """Put a whole file, on the same file system, in a place: synced first, so that it is there whole, or as before."""
+    fd = os.open(source, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
 def write_atomic(path: Path, data: bytes) -> FileEntry:
     """Write a small file beside its place, sync it and rename it: it is there whole, or as before."""
     with HashedFile(path) as file:

@@ -49,12 +49,19 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The whole of it. `quality` has perplexity, dense_perplexity and top1_agreement on held-out text."""
+    """The whole of it. `quality` has perplexity, dense_perplexity and top1_agreement on held-out text; `missed`, by the
+    share of the FFN's bytes that is in memory, the share of neurons that a token reads then."""
 
     manifest: str
     tokens: int
     layers: tuple[LayerSparsity, ...]
     quality: dict[str, float]
+    missed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recall(self) -> float:
+        """The mean of all layers."""
+        return sum(layer.recall for layer in self.layers) / len(self.layers)
 
     @property
     def perplexity_increase(self) -> float:
@@ -81,7 +88,9 @@ def read_sparsity(bundle: Path) -> Sparsity | None:
     try:
         body: dict[str, Any] = json.loads(file.read_bytes())
         layers = tuple(LayerSparsity(**layer) for layer in body["layers"])
-        found = Sparsity(str(body["manifest"]), int(body["tokens"]), layers, dict(body["quality"]))
+        found = Sparsity(
+            str(body["manifest"]), int(body["tokens"]), layers, dict(body["quality"]), dict(body.get("missed", {}))
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} is damaged: {error!r}.", _AGAIN) from None
     if found.manifest != manifest_digest(bundle):

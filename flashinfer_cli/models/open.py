@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bundles.reader import open_bundle
-from ..bundles.sparsity import Sparsity, read_sparsity
+from ..bundles.sparsity import PREDICTORS_FILE, Sparsity, read_sparsity
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.hub import resolve
 from ..checkpoint.open import is_bundle, open_checkpoint
@@ -52,6 +52,11 @@ class OpenModel:
     def sparsity(self) -> Sparsity | None:
         """What `calibrate` added to a bundle; None elsewhere. BundleError where it is damaged or of another bundle."""
         return read_sparsity(self.checkpoint.path) if self.checkpoint.kind == "bundle" else None
+
+    @cached_property
+    def predictors_file(self) -> Path:
+        """Where `sparsity` has its predictors."""
+        return self.checkpoint.path / PREDICTORS_FILE
 
     @property
     def exactness(self) -> str:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..bundles.quantize import Quantize, format_of, quantize
-from ..bundles.sparsity import PREDICTORS_FILE, predictor_tensor
+from ..bundles.sparsity import predictor_tensor
 from ..checkpoint.base import FORMATS
 from ..device import Device, allocate
 from ..errors import BundleError
@@ -58,10 +58,10 @@ def _stored(tensors: Mapping[str, torch.Tensor], layer: int, part: str) -> Store
     return Stored(tensors[name], fmt)
 
 
-def load_predictors(bundle: Path, layers: Iterable[int], kernels: Kernels, device: Device) -> dict[int, Demand]:
+def load_predictors(file: Path, layers: Iterable[int], kernels: Kernels, device: Device) -> dict[int, Demand]:
     """One for each of `layers`, in the blocks that calibration chose: the quality that it states is that of the rounded
     matrices. Raises BundleError for a file that lacks any."""
-    file, layers = bundle / PREDICTORS_FILE, list(layers)
+    layers = list(layers)
     found: dict[int, Demand] = {}
     if not layers:
         return found
