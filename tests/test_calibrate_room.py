@@ -17,6 +17,7 @@ from test_calibrate import TEXT, make
 from flashinfer_cli.apps.calibrate import calibrate
 from flashinfer_cli.apps.evaluate import windows
 from flashinfer_cli.apps.quality import SEQUENCE, Demands
+from flashinfer_cli.bundles.order import chain
 from flashinfer_cli.bundles.sparsity import ORDER_FILE
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.training.shape import Shape
@@ -97,6 +98,21 @@ def test_what_a_measured_run_demands_is_taken_down_in_memory_that_was_there_befo
     assert after - before < before // 50
     with pytest.raises(IndexError):
         demands.demand("decode", 0, np.arange(3)[None])
+
+
+def test_the_order_is_of_what_was_demanded(tmp_path: Path) -> None:
+    demands, random = Demands({0: 24, 3: 24}, 40), np.random.default_rng(3)
+    tokens = {layer: [np.flatnonzero(random.random(24) < 0.3) for _ in range(40)] for layer in (0, 3)}
+    for number in range(40):
+        for layer in (0, 3):
+            demands.demand("prefill", layer, np.arange(24)[None])  # is not counted
+            demands.demand("decode", layer, tokens[layer][number][None])
+    demands.write_order(tmp_path, None)
+    written = load_file(tmp_path / ORDER_FILE)
+    assert sorted(written) == ["0", "3"]
+    for layer, asked in tokens.items():
+        assert all(np.array_equal(mine, other) for mine, other in zip(demands.of(layer), asked, strict=True))
+        assert written[str(layer)].tolist() == chain(asked, 24).tolist() != list(range(24))
 
 
 def test_a_text_of_several_windows_is_measured(tmp_path: Path) -> None:

@@ -193,6 +193,14 @@ def test_a_program_runs_on_fewer_threads_than_it_was_written_for(tmp_path, compi
     kernels.close()
 
 
+def noting(begun: np.ndarray, notes: np.ndarray, threads: int) -> Program:
+    """Takes down how many of a batch's reads have been handed over when it comes to that."""
+    program, source, target = Program(threads), *(np.array([each.ctypes.data]) for each in (begun, notes))
+    words = [jobs.COPY, 0, 0, 1, 0, source.ctypes.data, 8, 0, target.ctypes.data, 0, 1, *[0] * 7]
+    program._add(words, 0, source, target, begun, notes)
+    return program
+
+
 def test_a_guess_is_handed_over_beside_the_product_that_follows_or_at_the_end(tmp_path, numba):
     weight, scores = torch.randn(600, D).view(torch.uint8), np.zeros(COUNT, np.float32)
     expected, made = torch.empty(1, 600), torch.empty(1, 600)
@@ -200,18 +208,24 @@ def test_a_guess_is_handed_over_beside_the_product_that_follows_or_at_the_end(tm
         numba.linear(layer.x, weight, "F32", expected, 0)
         product = Program(numba.threads)
         product.linear(layer.x, weight, "F32", made, 0)
-        flights, alone, with_product = layer.cache.flights, layer.guess, layer.guess.followed_by(product)
-        assert flights is not None and (alone.count, product.count, with_product.count) == (1, 1, 2)
+        flights = layer.cache.flights
+        assert flights is not None
         batch = next(array for array in flights._kept if isinstance(array, dict))[jobs.F_BATCHES]
         begun, reads, left = (batch[word // 8 : word // 8 + 1] for word in (jobs.B_BEGUN, jobs.B_READS, jobs.B_LEFT))
+        first, then = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        alone = layer.guess.followed_by(noting(begun, first, numba.threads))
+        with_product = alone.followed_by(product).followed_by(noting(begun, then, numba.threads))
+        assert (layer.guess.count, alone.count, with_product.count) == (1, 2, 4)
         for turn in range(20):
             program = (alone, with_product)[turn % 2]
             made.zero_()
+            first[0] = then[0] = -1
             assert layer.cache.prepare(0, layer.asked)
             absent = np.flatnonzero(layer.cache.layers[0].slot < 0)[turn::7][:GUESSES]
             flights.guess_ids[: len(absent)], layer.asked.found[0] = absent, len(absent)
             numba.run(program)
             assert begun[0] == reads[0] > 0 and left[0] > 0  # under way, and nobody has waited
+            assert first[0] == 0 and then[0] == (reads[0] if program is with_product else -1)
             assert torch.equal(made, expected) == (program is with_product)
             assert layer.by_program(np.sort(absent[: 1 + turn % 3]), np.empty(0, np.int64), scores)
             assert left[0] == 0

@@ -26,6 +26,26 @@ def test_the_same_text_with_and_without_programs(sparse_bundle, monkeypatch):
     assert reads(found[0][1]) > reads(found[2][1]) > 0
 
 
+def test_a_guess_is_handed_over_beside_a_product_that_needs_scratch(tmp_path, monkeypatch):
+    """As where attention's matrices are in memory: the same bits, and reads that attention hides."""
+    monkeypatch.setattr("flashinfer_cli.cache.neurons.LEAST_MISSED", 1)
+    path = make(tmp_path, width=128, quantize="int8")
+    slots_of(monkeypatch, 3 * 30 * 512)
+    rows = []
+    for lend in (Reader.lend, lambda self: None):
+        monkeypatch.setattr(Reader, "lend", lend)
+        with fc.load(path, context=32, stream="always", kernels="compiled") as engine:
+            engine.decoder.keep(engine.decoder.streamed)
+            session = engine.session()
+            tokens = [
+                session.prefill([token % 300 for token in PROMPT]),
+                *(session.step(token % 300) for token in STEPS),
+            ]
+            rows.append(torch.stack(tokens))
+            assert engine.recorder.neuron_guesses[0] > engine.recorder.neuron_guesses[1] > 0
+    assert torch.equal(*rows)
+
+
 def test_programs_over_int8_records_and_an_int8_trunk(tmp_path, monkeypatch):
     path = make(tmp_path, width=128, quantize="int8")
     bundle = open_bundle(path)

@@ -21,7 +21,9 @@ from flashinfer_cli.cache.trace import read_trace
 from flashinfer_cli.config import NEURON_POLICIES, RunConfig, SamplingParams
 from flashinfer_cli.errors import BundleError
 from flashinfer_cli.layers.demand import Oracle
+from flashinfer_cli.models.layout import lay_out
 from flashinfer_cli.models.open import open_model
+from flashinfer_cli.models.sizes import sizes_of, slots_first
 from flashinfer_cli.plan import Sizes, make_plan
 from flashinfer_cli.store.drive import DriveRate
 
@@ -33,7 +35,7 @@ def test_no_cache_changes_a_bit(sparse_bundle, monkeypatch):
     width, requests = 512, []
     for neurons in (0, 1, 20, 100, 160):
         slots_of(monkeypatch, 3 * neurons * width)
-        for policy, window in (("recent", 5), ("frequent", 5), ("window", 1), ("window", 6)):
+        for policy, window in (("recent", 5), ("frequent", 5), ("window", 1), ("window", 6), ("foresight", 5)):
             got, report = decoded(sparse_bundle, stream="always", neuron_policy=policy, window=window)
             assert torch.equal(got, want)
             requests.append(sum(io["bytes"] for io in report.io if io["kind"] == "neuron"))
@@ -208,3 +210,17 @@ def test_profile_measures_the_drive_in_what_a_prompt_would_take(sparse_bundle, m
         profile(engine, PROMPT, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
         assert [len(layer.memory[0]) for layer in engine.neurons.layers.values()] == [40, 40, 40]
     assert max(seen[0]) < 40
+
+
+def test_slots_before_slices_are_of_what_predictors_name(sparse_bundle):
+    opened = open_model(sparse_bundle)
+    records = opened.checkpoint.records[1]
+    layout, dense = (lay_out(opened.checkpoint, opened.config, opened.weights, which) for which in ([0, 1, 2], [0]))
+
+    def first(layout, named):
+        return sizes_of(layout, opened.config, RunConfig(context=32, kv_cache_type="f32"), named).slots_first
+
+    few = records.width_bytes * slots_first(0.02 * records.count, records.width_bytes)
+    assert first(layout, {1: 0.02}) == int(few) > 0 and first(layout, {0: 0.02, 1: 0.02}) == int(2 * few)
+    assert first(layout, {1: 0.9}) == records.width_bytes * records.count  # not more than there are
+    assert first(dense, {1: 0.02}) == first(layout, None) == 0

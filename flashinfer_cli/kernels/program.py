@@ -248,7 +248,8 @@ class Program:
         self._add(words, 0, scores, bias, slot, ids, found, work)
 
     def guess(self, sheet: np.ndarray) -> None:
-        """Begin to read the neurons that a job before has found, by the sheet of their layer (`sparse.guess`)."""
+        """Lay out reads of the neurons that a job before has found, by the sheet of their layer (`sparse.guess`): they
+        are handed over beside the next product, or at the end."""
         self._add([jobs.GUESS, 0, 0, 0, 0, sheet.ctypes.data, *[0] * 12], 0, sheet)
 
     def sparse(

@@ -46,7 +46,7 @@ def _slots_first(layout: ModelLayout, shares: Mapping[int, float]) -> int:
     for index, share in shares.items():
         records = layout.layers[index].records
         if layout.layers[index].sparse and records is not None:
-            total += records.width_bytes * slots_first(share * records.count, records.width_bytes)
+            total += records.width_bytes * min(records.count, slots_first(share * records.count, records.width_bytes))
     return int(total)
 
 
