@@ -158,6 +158,20 @@ def test_a_hot_set_never_goes() -> None:
     assert policy.demand(np.array([4, 5]))[0].tolist() == [] and policy.hits == 2
 
 
+def test_all_that_is_resident_gives_what_fires() -> None:
+    """The list gives the named neurons' sum, all that is in memory besides what fires unnamed, in both formats."""
+    from benchmarks.flash_resident import TIMES, compared, laid_out
+    from flashinfer_cli.kernels import select
+
+    kernels = select("cpu")[0]
+    for fmt, gated in (("F16", False), ("Q8_G128", True)):
+        _, layers, firing = laid_out(fmt, gated, 128, 20, 0.25, 1)
+        assert len(firing) == 25 and len(layers[0].records) == TIMES[-1] * 20
+        assert (layers[0].records[layers[0].named][:, None] == firing[:20].numpy()).all(2).any(1).all()
+        row = compared(kernels, fmt, gated, 128, 20, 0.25, 1, 1)
+        assert max(row["off"].values()) < 1e-5 and row["over_active"]["active"] == 1
+
+
 def test_packaged_stories_are_learned_from_or_held_out() -> None:
     """`benchmarks.papers experts` without arguments teaches a bundle on some of them, and feeds it the others."""
     from benchmarks.experts import held_out, parted
