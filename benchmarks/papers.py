@@ -16,6 +16,8 @@ FIGURES: dict[str, tuple[str, str, str]] = {
         "2312.11514",
     ),
     "flash-window": ("flash_window", "new neurons a token against the window that keeps them", "2312.11514"),
+    "flash-friends": ("flash_friends", "each neuron beside a copy of its closest friend, and a hot set", "2312.11514"),
+    "flash-resident": ("flash_resident", "computing every resident neuron beside the active ones alone", "2312.11514"),
     "experts": ("experts", "what an expert cache and guesses ahead find and earn", "2312.17238"),
     "speculative": ("speculative", "what drafts bring where weights stream", "2211.17192"),
     "moe-losses": ("moe_losses", "what the importance and load losses do to balance and perplexity", "1701.06538"),
