@@ -1,6 +1,7 @@
 """What calibration adds to a bundle: a predictor a layer, and what was measured. Files beside the manifest's.
 
-    predictors.safetensors   layers.N.a [r, d] and layers.N.b [d_ff, r] in float16, layers.N.bias [d_ff] in float32
+    predictors.safetensors   layers.N.a.FORMAT and layers.N.b.FORMAT, rows in blocks of 8 or 4 bits, and layers.N.bias
+                             [d_ff] in float32: see `models.predictors`
     order.safetensors        N int32 [d_ff], an order in which neurons of layer N that fire together stand together
     sparsity.json            by layer rank, recall, precision, density; for the model its quality; written last
 
