@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sparse_bundle import PROMPT, STEPS, reads, slots_of
@@ -9,10 +13,11 @@ from sparse_bundle import PROMPT, STEPS, reads, slots_of
 import flashinfer_cli as fc
 from flashinfer_cli.apps.recording import recording
 from flashinfer_cli.apps.replay import as_it_ran, replay
-from flashinfer_cli.bundles.sparsity import LayerSparsity
+from flashinfer_cli.bundles.sparsity import SPARSITY_FILE, LayerSparsity
 from flashinfer_cli.cache.trace import read_trace
 from flashinfer_cli.cache.window import Window, deal, make_policy, worth_of
 from flashinfer_cli.config import NEURON_POLICIES
+from flashinfer_cli.errors import UsageError
 
 
 def test_window_by_hand():
@@ -129,6 +134,21 @@ def test_replay_counts_what_the_run_counted(sparse_bundle, tmp_path, monkeypatch
         best = max(each["hit_ratio"] for each in part["policies"].values())
         assert part["belady"]["hit_ratio"] >= best and part["belady_by_layer"]["hit_ratio"] >= best
         assert mine["bytes_per_token"] == misses * 512 / len(STEPS) and whole["bytes"] == 3 * 160 * 512
+
+
+def test_a_dense_run_has_nothing_to_trace(sparse_bundle, tmp_path):
+    """Of a calibrated bundle it is --exact that is in the way; of another the calibration is missing."""
+    plain = Path(shutil.copytree(sparse_bundle, tmp_path / "b"))
+    (plain / SPARSITY_FILE).unlink()
+    for bundle, options, hint in (
+        (sparse_bundle, {"exact": True}, r"^Leave --exact out\.$"),
+        (plain, {"exact": True}, "calibrate the bundle first"),
+        (plain, {}, "calibrate the bundle first"),
+    ):
+        with fc.load(bundle, context=32, **options) as engine:
+            with pytest.raises(UsageError, match="nothing to trace") as refused, recording(engine, tmp_path / "t"):
+                pass
+            assert re.search(hint, refused.value.hint)
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "reference"])

@@ -26,11 +26,7 @@ def recording(engine: Engine, path: Path) -> Iterator[None]:
         return
     cache = engine.experts
     if cache is None:
-        raise UsageError(
-            f"'{engine.model.describe()['name']}' has no experts and no predictors of neurons, "
-            "so there is nothing to trace.",
-            "Leave --trace out, or calibrate the bundle first.",
-        )
+        raise _nothing_to_trace(engine)
     records = {layer: len(spans) for layer, spans in cache.spans.items()}
     sizes = {layer: max(span.nbytes for span in spans) for layer, spans in cache.spans.items()}
     about = {
@@ -46,6 +42,18 @@ def recording(engine: Engine, path: Path) -> Iterator[None]:
             yield
         finally:
             cache.trace = None
+
+
+def _nothing_to_trace(engine: Engine) -> UsageError:
+    name = engine.model.name
+    if engine.run.exact and engine.model.sparsity is not None:
+        return UsageError(
+            f"With --exact '{name}' asks for all neurons: there is nothing to trace.", "Leave --exact out."
+        )
+    return UsageError(
+        f"'{name}' has no experts and no predictors of neurons, so there is nothing to trace.",
+        "Leave --trace out, or calibrate the bundle first.",
+    )
 
 
 @contextmanager
