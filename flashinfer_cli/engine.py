@@ -15,7 +15,7 @@ from .bundles.format import RecordLayout
 from .cache.kv import KVCache
 from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
-from .config import DEFAULT_CONTEXT, MEASURED_MODEL, ModelConfig, RunConfig, SamplingParams
+from .config import DEFAULT_CONTEXT, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.speculative import Speculator
@@ -35,7 +35,7 @@ from .recorder import Recorder
 from .report import RunReport, expert_cache, readings
 from .store.flash import FlashStore
 from .store.scatter import layout_by
-from .store.tuning import Reading, drive_of, kept, reading_of
+from .store.tuning import how_to_read
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
@@ -139,7 +139,8 @@ class Engine:
             notify(str(self.plan))
         self._first_token: float | None = None
         self.drive: dict[str, Any] | None = None
-        self.reading = self._how_to_read(notify)
+        streaming = model.weight_bytes * (not self.plan.everything_fits and run.direct_io != "never")
+        self.reading = how_to_read(model.checkpoint.files, streaming, remeasure=run.remeasure, notify=notify)
         self.store = FlashStore(
             self.recorder,
             threads=run.io_threads or self.reading.depth,
@@ -164,14 +165,6 @@ class Engine:
         except BaseException:
             self.store.close()
             raise
-
-    def _how_to_read(self, notify: Notify | None) -> Reading:
-        """The drive's best size and number of requests: measured where much will stream, once a drive."""
-        file = max(self.model.checkpoint.files, key=lambda path: path.stat().st_size)
-        large = self.model.weight_bytes >= MEASURED_MODEL and file.stat().st_size >= MEASURED_MODEL // 4
-        if not self.run.remeasure and (self.plan.everything_fits or not large or self.run.direct_io == "never"):
-            return kept(drive_of(file)) or Reading()
-        return reading_of(file, remeasure=self.run.remeasure, notify=notify)
 
     # ---- what it is
     @property
