@@ -15,7 +15,7 @@ from .bundles.format import RecordLayout
 from .cache.kv import KVCache
 from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
-from .config import DEFAULT_CONTEXT, ModelConfig, RunConfig, SamplingParams
+from .config import DEFAULT_CONTEXT, NEURON_WINDOW, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.speculative import Speculator
@@ -46,13 +46,13 @@ Progress = Callable[[int, int, str], None]
 def plan_model(
     model: OpenModel, layout: ModelLayout, run: RunConfig, device: devices.Device
 ) -> tuple[MemoryPlan, RunConfig]:
-    """The memory plan of a run, and the run with its context and the type of its cache settled.
+    """The memory plan of a run, and the run with its context, the type of its cache and the policy of neurons settled.
 
     Without --context the default shrinks by halves, down to 512 tokens, where the budget asks for it. Raises
     BudgetError.
     """
     longest = model.config.max_position_embeddings or DEFAULT_CONTEXT
-    run = replace(run, kv_cache_type=model.kv_cache_type(run.kv_cache_type))
+    run = replace(run.settled(), kv_cache_type=model.kv_cache_type(run.kv_cache_type))
     wanted = [run.context] if run.context else [min(longest, DEFAULT_CONTEXT >> i) for i in range(4)]
     if run.memory not in (None, "auto"):  # only a tight budget is worth the time
         gc.collect()
@@ -128,7 +128,7 @@ class Engine:
         bundled_experts = model.config.moe is not None and model.checkpoint.kind == "bundle"
         self.probes = read_ahead(model.checkpoint.path) if bundled_experts else {}
         layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers, run.degrade > 0)
-        self.neuron_wants = {layer.layer: layer.working_set(run.window) for layer in known}
+        self.neuron_wants = {layer.layer: layer.working_set(run.window or NEURON_WINDOW) for layer in known}
         records = getattr(model.checkpoint, "records", {})
         self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}
         if run.memory not in (None, "auto"):
@@ -155,7 +155,7 @@ class Engine:
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
-                self.decoder = builder.build(run, predictors, self.neuron_wants, self.probes)
+                self.decoder = builder.build(self.run, predictors, self.neuron_wants, self.probes)
                 feed.progress = None
                 self.experts = builder.experts.cache if builder.experts is not None else None
                 self.neurons = builder.neurons.cache if builder.neurons is not None else None

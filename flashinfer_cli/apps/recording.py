@@ -9,6 +9,7 @@ from pathlib import Path
 from ..cache.neurons import NeuronCache
 from ..cache.pinned import Pinned
 from ..cache.trace import TraceWriter, open_trace
+from ..config import NEURON_WINDOW
 from ..engine import Engine
 from ..errors import UsageError
 
@@ -63,7 +64,7 @@ def _neurons(engine: Engine, cache: NeuronCache | Pinned, path: Path) -> Iterato
     about = {
         "model": engine.model.describe()["name"],
         "policy": engine.run.neuron_policy,
-        "window": engine.run.window,
+        "window": engine.run.window or NEURON_WINDOW,
         "wants": engine.neuron_wants,
         "filled": isinstance(cache, Pinned),
         "room": cache.room if isinstance(cache, NeuronCache) else records,
