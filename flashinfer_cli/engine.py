@@ -248,6 +248,12 @@ class Engine:
             return "sparse"
         return "quantized" if self._kv.format == "Q8_0" else self.model.exactness
 
+    @property
+    def quality(self) -> dict[str, float] | None:
+        """What calibration measured of runs that are sparse by it alone; None elsewhere."""
+        by_it_alone = self.exactness == "sparse" and self.experts is None
+        return self.sparsity.measured if by_it_alone and self.sparsity is not None else None
+
     def report(self) -> RunReport:
         """The account so far."""
         self.store.tick()
@@ -260,6 +266,7 @@ class Engine:
         return RunReport(
             model=self.model.describe(),
             exactness=self.exactness,
+            quality=self.quality,
             device=self.device.name,
             kernels=self.kernels.name,
             threads=self.threads,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The whole of it. `quality` has perplexity, dense_perplexity and top1_agreement on held-out text."""
+    """The whole of it. `quality` has perplexity, dense_perplexity and top1_agreement on held-out text, or nothing."""
 
     manifest: str
     tokens: int
@@ -60,6 +61,14 @@ class Sparsity:
     @property
     def perplexity_increase(self) -> float:
         return self.quality["perplexity"] / self.quality["dense_perplexity"] - 1
+
+    @property
+    def measured(self) -> dict[str, float] | None:
+        """`quality` with perplexity_increase, as reports tell it; None where it was not measured."""
+        if not {"perplexity", "dense_perplexity", "top1_agreement"} <= self.quality.keys():
+            return None
+        increase = self.perplexity_increase
+        return {**self.quality, "perplexity_increase": increase} if math.isfinite(increase) else None
 
 
 def manifest_digest(bundle: Path) -> str:
@@ -82,8 +91,10 @@ def read_sparsity(bundle: Path) -> Sparsity | None:
     try:
         body: dict[str, Any] = json.loads(file.read_bytes())
         layers = tuple(LayerSparsity(**layer) for layer in body["layers"])
-        found = Sparsity(str(body["manifest"]), int(body["tokens"]), layers, dict(body["quality"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        quality = {str(name): float(value) for name, value in body.get("quality", {}).items()}
+        found = Sparsity(str(body["manifest"]), int(body["tokens"]), layers, quality)
+        _ = found.measured
+    except (OSError, ArithmeticError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} is damaged: {error!r}.", _AGAIN) from None
     if found.manifest != manifest_digest(bundle):
         raise BundleError(f"{bundle} has changed since it was calibrated.", _AGAIN)
