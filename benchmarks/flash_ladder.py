@@ -218,7 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             cache = parted if row.apart else NeuronCache if row.programs else ByCalls
             with arranged(row, given.share, predictors, cache):
-                options = dict(row.options) | ({"window": given.window} if given.window else {})
+                options = dict(row.options)
+                if options.get("neuron_policy") == "window":
+                    options["window"] = given.window
                 row = replace(row, options=tuple(options.items()))
                 rows.append(run(ordered if row.ordered else bundle, ids, given.prompt, row))
         whole = open_model(bundle).weight_bytes

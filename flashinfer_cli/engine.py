@@ -15,7 +15,7 @@ from .bundles.format import RecordLayout
 from .cache.kv import KVCache
 from .cache.slices import Feed
 from .checkpoint.base import Checkpoint
-from .config import DEFAULT_CONTEXT, MEASURED_MODEL, ModelConfig, RunConfig, SamplingParams
+from .config import DEFAULT_CONTEXT, NEURON_WINDOW, ModelConfig, RunConfig, SamplingParams
 from .decoding.chat import ChatSession
 from .decoding.generate import Session, TokenEvent, check_ids, generate
 from .decoding.speculative import Speculator
@@ -35,7 +35,7 @@ from .recorder import Recorder
 from .report import RunReport, expert_cache, readings
 from .store.flash import FlashStore
 from .store.scatter import layout_by
-from .store.tuning import Reading, drive_of, kept, reading_of
+from .store.tuning import how_to_read
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
@@ -46,13 +46,13 @@ Progress = Callable[[int, int, str], None]
 def plan_model(
     model: OpenModel, layout: ModelLayout, run: RunConfig, device: devices.Device
 ) -> tuple[MemoryPlan, RunConfig]:
-    """The memory plan of a run, and the run with its context and the type of its cache settled.
+    """The memory plan of a run, and the run with its context, the type of its cache and the policy of neurons settled.
 
     Without --context the default shrinks by halves, down to 512 tokens, where the budget asks for it. Raises
     BudgetError.
     """
     longest = model.config.max_position_embeddings or DEFAULT_CONTEXT
-    run = replace(run, kv_cache_type=model.kv_cache_type(run.kv_cache_type))
+    run = replace(run.settled(), kv_cache_type=model.kv_cache_type(run.kv_cache_type))
     wanted = [run.context] if run.context else [min(longest, DEFAULT_CONTEXT >> i) for i in range(4)]
     if run.memory not in (None, "auto"):  # only a tight budget is worth the time
         gc.collect()
@@ -128,7 +128,7 @@ class Engine:
         bundled_experts = model.config.moe is not None and model.checkpoint.kind == "bundle"
         self.probes = read_ahead(model.checkpoint.path) if bundled_experts else {}
         layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers, run.degrade > 0)
-        self.neuron_wants = {layer.layer: layer.working_set(run.window) for layer in known}
+        self.neuron_wants = {layer.layer: layer.working_set(run.window or NEURON_WINDOW) for layer in known}
         records = getattr(model.checkpoint, "records", {})
         self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}
         if run.memory not in (None, "auto"):
@@ -139,7 +139,8 @@ class Engine:
             notify(str(self.plan))
         self._first_token: float | None = None
         self.drive: dict[str, Any] | None = None
-        self.reading = self._how_to_read(notify)
+        streaming = model.weight_bytes * (not self.plan.everything_fits and run.direct_io != "never")
+        self.reading = how_to_read(model.checkpoint.files, streaming, remeasure=run.remeasure, notify=notify)
         self.store = FlashStore(
             self.recorder,
             threads=run.io_threads or self.reading.depth,
@@ -154,7 +155,7 @@ class Engine:
                 if progress is not None:
                     feed.progress = lambda done, total: progress(done, total, "loading")
                 builder = Builder(model.checkpoint, model.config, layout, self.plan, rt)
-                self.decoder = builder.build(run, predictors, self.neuron_wants, self.probes)
+                self.decoder = builder.build(self.run, predictors, self.neuron_wants, self.probes)
                 feed.progress = None
                 self.experts = builder.experts.cache if builder.experts is not None else None
                 self.neurons = builder.neurons.cache if builder.neurons is not None else None
@@ -164,14 +165,6 @@ class Engine:
         except BaseException:
             self.store.close()
             raise
-
-    def _how_to_read(self, notify: Notify | None) -> Reading:
-        """The drive's best size and number of requests: measured where much will stream, once a drive."""
-        file = max(self.model.checkpoint.files, key=lambda path: path.stat().st_size)
-        large = self.model.weight_bytes >= MEASURED_MODEL and file.stat().st_size >= MEASURED_MODEL // 4
-        if not self.run.remeasure and (self.plan.everything_fits or not large or self.run.direct_io == "never"):
-            return kept(drive_of(file)) or Reading()
-        return reading_of(file, remeasure=self.run.remeasure, notify=notify)
 
     # ---- what it is
     @property
@@ -255,6 +248,12 @@ class Engine:
             return "sparse"
         return "quantized" if self._kv.format == "Q8_0" else self.model.exactness
 
+    @property
+    def quality(self) -> dict[str, float] | None:
+        """What calibration measured of runs that are sparse by it alone; None elsewhere."""
+        by_it_alone = self.exactness == "sparse" and self.experts is None
+        return self.sparsity.measured if by_it_alone and self.sparsity is not None else None
+
     def report(self) -> RunReport:
         """The account so far."""
         self.store.tick()
@@ -267,6 +266,7 @@ class Engine:
         return RunReport(
             model=self.model.describe(),
             exactness=self.exactness,
+            quality=self.quality,
             device=self.device.name,
             kernels=self.kernels.name,
             threads=self.threads,

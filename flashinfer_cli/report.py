@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from .recorder import PHASES, PhaseName, Recorder, Step
 
 __all__ = [
     "PHASES", "PhaseReport", "PlanPart", "Recorder", "RunReport", "Step", "expert_cache", "expert_rows", "io_rows",
-    "layer_rows", "phase_report", "readings",
+    "label", "layer_rows", "phase_report", "readings",
 ]  # fmt: skip
 
 
@@ -79,6 +80,8 @@ class RunReport:
     expert_cache: dict[str, Any] | None = None  # policy, slots, slot_bytes, transit, prefetch and its verdict, bias
     speculation: dict[str, Any] | None = None  # draft, acceptance, tokens_per_pass, ...: decoding.speculative
     drive: dict[str, Any] | None = None  # request_bytes, depth, bytes_per_second: measured in place
+    # Of a sparse run what calibration measured: perplexity, dense_perplexity, perplexity_increase, top1_agreement.
+    quality: dict[str, float] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,8 +113,16 @@ class RunReport:
         if decode.skipped is not None:
             parts.append(f"skipped {decode.skipped:.0%} of block visits")
         parts.append(f"peak {format_size(self.peak)} of {format_size(self.budget)}")
-        parts.append(self.exactness)
+        parts.append(label(self.exactness, self.quality))
         return " · ".join(parts)
+
+
+def label(exactness: str, quality: Mapping[str, float] | None) -> str:
+    """A run's label with the quality that was measured: "sparse (+0.02% perplexity, 99.4% the same first choice)"."""
+    if not quality:
+        return exactness
+    increase, agreement = quality["perplexity_increase"], quality["top1_agreement"]
+    return f"{exactness} ({increase:+.2%} perplexity, {agreement:.1%} the same first choice)"
 
 
 def readings(recorder: Recorder) -> dict[str, Any]:

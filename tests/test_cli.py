@@ -150,6 +150,13 @@ def test_flags_reach_the_engine(genai):
     ]  # fmt: skip
 
 
+def test_a_window_goes_with_its_policy_alone(genai):
+    assert genai("generate", "-m", "x", "-p", "why?", "--window", "3")[0] == 0
+    assert RunConfig(**seen("load")[0]).settled().neuron_policy == "window"
+    code, out, err = genai("generate", "-m", "x", "-p", "why?", "--window", "3", "--neuron-policy", "recent")
+    assert (code, out) == (2, "") and "--neuron-policy is recent" in err and "hint" in err and len(seen("load")) == 1
+
+
 def test_chat_template_is_used_unless_raw_or_absent(genai):
     genai("generate", "-m", "x", "-p", "why?", "--system", "be kind")
     assert seen("chat") == [[{"role": "system", "content": "be kind"}, {"role": "user", "content": "why?"}]]

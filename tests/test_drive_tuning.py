@@ -40,6 +40,18 @@ def test_a_drive_is_measured_once_and_again_when_asked(file):
     assert len(said) == 2
 
 
+def test_only_a_drive_that_much_streams_from_is_measured(file, monkeypatch):
+    measured = tuning.Reading(128 * KiB, 4)
+    monkeypatch.setattr(tuning, "reading_of", lambda path, **options: measured)
+    monkeypatch.setattr(tuning, "MEASURED_MODEL", 16 << 20)
+    assert tuning.how_to_read([file], 0) == tuning.how_to_read([file], 15 << 20) == tuning.Reading()
+    assert tuning.how_to_read([file], 16 << 20) is tuning.how_to_read([file], 0, remeasure=True) is measured
+    small = file.with_name("small")
+    small.write_bytes(bytes(1024))
+    assert tuning.how_to_read([small], 16 << 20) == tuning.Reading()
+    assert tuning.how_to_read([small, file], 16 << 20) is measured
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"DRIVE": {"request_bytes": 3, "depth": 8, "curve": []}}'])
 def test_a_damaged_record_is_measured_over(file, damage):
     tuning.kept_file().parent.mkdir(parents=True)

@@ -173,3 +173,8 @@ def test_help_is_quick(command):
 def test_reference_is_current():
     written = (ROOT / "docs" / "help.md").read_text(encoding="utf-8")
     assert written == reference(), "python -m flashinfer_cli.cli.reference > docs/help.md"
+
+
+def test_reference_says_how_to_turn_a_flag_off():
+    rows = [row.split(" | ")[0] for row in reference().splitlines() if row.startswith("| `--prefetch-neurons`")]
+    assert rows and {*rows} == {"| `--prefetch-neurons`, `--no-prefetch-neurons`"}

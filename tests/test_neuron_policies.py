@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sparse_bundle import PROMPT, STEPS, reads, slots_of
@@ -9,10 +15,11 @@ from sparse_bundle import PROMPT, STEPS, reads, slots_of
 import flashinfer_cli as fc
 from flashinfer_cli.apps.recording import recording
 from flashinfer_cli.apps.replay import as_it_ran, replay
-from flashinfer_cli.bundles.sparsity import LayerSparsity
+from flashinfer_cli.bundles.sparsity import SPARSITY_FILE, LayerSparsity
 from flashinfer_cli.cache.trace import read_trace
 from flashinfer_cli.cache.window import Window, deal, make_policy, worth_of
-from flashinfer_cli.config import NEURON_POLICIES
+from flashinfer_cli.config import NEURON_POLICIES, NEURON_WINDOW, RunConfig
+from flashinfer_cli.errors import UsageError
 
 
 def test_window_by_hand():
@@ -96,13 +103,49 @@ def test_slots_go_where_they_are_wanted():
     assert layer.working_set(1) == 0.1 and layer.working_set(5) == pytest.approx(0.1 + 0.04 + 0.03 + 0.03 + 0.02)
 
 
+def test_a_window_is_of_the_policy_window():
+    assert {policy: RunConfig(neuron_policy=policy).settled().window for policy in ("auto", *NEURON_POLICIES)} == {
+        "auto": None, "foresight": None, "recent": None, "window": NEURON_WINDOW, "frequent": None,
+    }  # fmt: skip
+    assert RunConfig().settled().neuron_policy == "foresight"
+    for given in (RunConfig(window=3), RunConfig(window=3, neuron_policy="window"), replace(RunConfig(), window=3)):
+        settled = given.settled()
+        assert (settled.neuron_policy, settled.window) == ("window", 3) and settled.settled() == settled
+    for policy in ("foresight", "recent", "frequent"):
+        with pytest.raises(UsageError, match=f"--neuron-policy is {policy}"):
+            RunConfig(window=3, neuron_policy=policy)
+    for wrong in ({"neuron_policy": "best"}, {"window": 0}):
+        with pytest.raises(UsageError):
+            RunConfig(**wrong)
+
+
+def test_only_a_window_that_is_kept_deals_slots(sparse_bundle, tmp_path, monkeypatch):
+    """By what so many tokens need under the policy window, by what five need under any other."""
+    copy = Path(shutil.copytree(sparse_bundle, tmp_path / "b"))
+    found = json.loads((copy / SPARSITY_FILE).read_text())
+    for layer, new in enumerate((0.2, 0.02, 0.02)):
+        found["layers"][layer] |= {"predicted": 0.1, "new": {"1": new}}
+    (copy / SPARSITY_FILE).write_text(json.dumps(found))
+    slots_of(monkeypatch, 3 * 40 * 512)
+    rooms = {}
+    for options in ({}, *({"neuron_policy": policy} for policy in NEURON_POLICIES), {"window": 1}, {"window": 3}):
+        with fc.load(copy, context=32, stream="always", **options) as engine:
+            policy = engine.neurons.layers[0].policy
+            assert isinstance(policy, Window) == (options.get("neuron_policy") == "window" or "window" in options)
+            assert not isinstance(policy, Window) or policy.k == options.get("window", NEURON_WINDOW)
+            rooms[tuple(options.values())] = list(engine.neurons.room.values())
+    one, three = rooms.pop((1,)), rooms.pop((3,))
+    assert rooms.pop(()) == [86, 17, 17] and all(room == [86, 17, 17] for room in rooms.values())
+    assert one == [40, 40, 40] and three[0] in range(41, 86)
+
+
 @pytest.mark.parametrize("policy", NEURON_POLICIES)
 @pytest.mark.parametrize("slots", [0, 40, 100, None])
 def test_replay_counts_what_the_run_counted(sparse_bundle, tmp_path, monkeypatch, policy, slots):
     options = {}
     if slots is not None:
         slots_of(monkeypatch, 3 * slots * 512)
-        options = {"stream": "always", "neuron_policy": policy, "window": 3}
+        options = {"stream": "always", "neuron_policy": policy, "window": 3 if policy == "window" else None}
     with fc.load(sparse_bundle, context=32, **options) as engine, recording(engine, tmp_path / "t.jsonl.gz"):
         session = engine.session()
         session.prefill(PROMPT)
@@ -129,6 +172,21 @@ def test_replay_counts_what_the_run_counted(sparse_bundle, tmp_path, monkeypatch
         best = max(each["hit_ratio"] for each in part["policies"].values())
         assert part["belady"]["hit_ratio"] >= best and part["belady_by_layer"]["hit_ratio"] >= best
         assert mine["bytes_per_token"] == misses * 512 / len(STEPS) and whole["bytes"] == 3 * 160 * 512
+
+
+def test_a_dense_run_has_nothing_to_trace(sparse_bundle, tmp_path):
+    """Of a calibrated bundle it is --exact that is in the way; of another the calibration is missing."""
+    plain = Path(shutil.copytree(sparse_bundle, tmp_path / "b"))
+    (plain / SPARSITY_FILE).unlink()
+    for bundle, options, hint in (
+        (sparse_bundle, {"exact": True}, r"^Leave --exact out\.$"),
+        (plain, {"exact": True}, "calibrate the bundle first"),
+        (plain, {}, "calibrate the bundle first"),
+    ):
+        with fc.load(bundle, context=32, **options) as engine:
+            with pytest.raises(UsageError, match="nothing to trace") as refused, recording(engine, tmp_path / "t"):
+                pass
+            assert re.search(hint, refused.value.hint)
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "reference"])

@@ -35,7 +35,9 @@ def test_no_cache_changes_a_bit(sparse_bundle, monkeypatch):
     width, requests = 512, []
     for neurons in (0, 1, 20, 100, 160):
         slots_of(monkeypatch, 3 * neurons * width)
-        for policy, window in (("recent", 5), ("frequent", 5), ("window", 1), ("window", 6), ("foresight", 5)):
+        for policy, window in (
+            ("recent", None), ("frequent", None), ("window", 1), ("window", 6), ("foresight", None),
+        ):  # fmt: skip
             got, report = decoded(sparse_bundle, stream="always", neuron_policy=policy, window=window)
             assert torch.equal(got, want)
             requests.append(sum(io["bytes"] for io in report.io if io["kind"] == "neuron"))
@@ -130,7 +132,7 @@ def test_guesses_change_no_bit_and_their_waste_is_counted(sparse_bundle, monkeyp
 def test_a_prompt_leaves_its_neurons_in_the_slots(sparse_bundle, monkeypatch, policy):
     """The slots then hold what they would hold had the prompt been decoded, right to the byte, and nothing was read."""
     slots_of(monkeypatch, 3 * 90 * 512)
-    options = {"context": 32, "stream": "always", "neuron_policy": policy, "window": 2}
+    options = {"context": 32, "stream": "always", "neuron_policy": policy, "window": 2 if policy == "window" else None}
     with fc.load(sparse_bundle, **options) as engine:
         engine.session().prefill(PROMPT)
         assert reads(engine.report(), "prefill") == 0
@@ -168,7 +170,7 @@ def test_a_prompt_has_the_late_slots(sparse_bundle, tmp_path, monkeypatch, polic
     with fc.load(sparse_bundle, context=48) as engine:
         want = run(engine)
     slots_of(monkeypatch, 3 * 40 * 512, late=3 * 60 * 512)
-    options = {"stream": "always", "neuron_policy": policy, "window": 3}
+    options = {"stream": "always", "neuron_policy": policy, "window": 3 if policy == "window" else None}
     with fc.load(sparse_bundle, context=48, **options) as engine, recording(engine, tmp_path / "t.jsonl.gz"):
         assert torch.equal(run(engine), want)
         layers = engine.neurons.layers.values()

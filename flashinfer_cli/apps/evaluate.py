@@ -80,6 +80,7 @@ def evaluate(
         "perplexity": math.exp(loss / count),
         "bits_per_byte": loss / math.log(2) / max(scored_bytes, 1),
         "exactness": report.exactness,
+        "quality": report.quality,
         "peak": report.peak,
         "budget": report.budget,
     }

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from ..config import format_size
-from ..report import PHASES
+from ..report import PHASES, label
 from . import page
 from .charts import Bar, Column, Mark, Segment, columns, rows
 
@@ -43,9 +43,9 @@ def _head(report: Report) -> str:
         f"{report['kernels']} kernels",
         f"reads {report['direct_io']}",
     ]
-    name, label = escape(str(model.get("name", "model"))), escape(str(report["exactness"]))
+    name, badge = escape(str(model.get("name", "model"))), escape(label(report["exactness"], report.get("quality")))
     return (
-        f"<header><h1>{name} <span class='badge'>{label}</span></h1>"
+        f"<header><h1>{name} <span class='badge'>{badge}</span></h1>"
         f"<p>{escape(' · '.join(str(each) for each in about if each))}</p><p>{escape(' · '.join(how))}</p></header>"
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from ..config import WeightRef
-from ..errors import TokenizerError
+from ..errors import BundleError, TokenizerError
 from ..models.open import OpenModel, open_model
 
 
@@ -26,7 +27,7 @@ def part_of(role: str) -> str:
 
 
 def inspect_model(model: str, revision: str | None = None) -> dict[str, Any]:
-    """Architecture, parameters, bytes by part, formats, tokenizer, chat template, and what would stream."""
+    """Architecture, parameters, bytes by part, formats, tokenizer, chat template, what would stream, and its label."""
     opened = open_model(model, revision=revision)
     parts, streams, stays = _sizes(opened)
     config = opened.config
@@ -42,7 +43,7 @@ def inspect_model(model: str, revision: str | None = None) -> dict[str, Any]:
         text = {"tokenizer": None, "tokenizer_problem": error.message, "chat_template": False}
     return {
         **described,
-        "exactness": opened.exactness,
+        **_label(opened),
         "config": {key: value for key, value in asdict(config).items() if value not in (None, (), 0, 0.0)},
         "parts": parts,
         "streams_bytes": streams,
@@ -50,6 +51,31 @@ def inspect_model(model: str, revision: str | None = None) -> dict[str, Any]:
         "kv_bytes_per_token": opened.kv_bytes_per_token,
         **text,
     }
+
+
+def _label(opened: OpenModel) -> dict[str, Any]:
+    """What a run is labelled, and of a calibrated bundle what was measured: `sparsity` is over its layers, with the
+    least and most of rank and recall, and the mean shares of neurons that fire (density) and are predicted."""
+    found: dict[str, Any] = {"exactness": opened.exactness, "quality": None, "sparsity": None}
+    try:
+        known = opened.sparsity
+    except BundleError as error:
+        return found | {"sparsity_problem": error.message}
+    if known is None or not known.layers:
+        return found
+    layers = known.layers
+    ranks, recalls = [layer.rank for layer in layers], [layer.recall for layer in layers]
+    about = {
+        "with_exact": opened.exactness,
+        "tokens": known.tokens,
+        "layers": len(layers),
+        "predictor_bytes": sum(layer.bytes for layer in layers),
+        "rank": (min(ranks), max(ranks)),
+        "recall": (min(recalls), max(recalls)),
+        "density": fmean(layer.density for layer in layers),
+        "predicted": fmean(layer.predicted for layer in layers),
+    }
+    return found | {"exactness": "sparse", "quality": known.measured, "sparsity": about}
 
 
 def _sizes(opened: OpenModel) -> tuple[dict[str, int], int, int]:

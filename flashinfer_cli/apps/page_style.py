@@ -17,7 +17,7 @@ header{margin-bottom:22px}header p{margin:2px 0;color:var(--soft)}
 h1{font-size:27px;line-height:1.25;margin:0 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:18px;margin:0 0 4px}
 h3{font-size:13px;font-weight:600;color:var(--soft);margin:20px 0 6px}
-.badge{font-size:13px;font-weight:600;letter-spacing:0;vertical-align:middle;
+.badge{display:inline-block;font-size:13px;font-weight:600;letter-spacing:0;vertical-align:middle;
 border:1px solid var(--accent);color:var(--accent);border-radius:99px;padding:2px 10px;margin-left:6px}
 .warning{background:var(--card);border-left:4px solid var(--wait);border-radius:6px;padding:8px 14px;margin:0 0 12px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(116px,1fr));gap:12px;margin:0 0 18px}

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..cache.neurons import NeuronCache
 from ..cache.pinned import Pinned
 from ..cache.trace import TraceWriter, open_trace
+from ..config import NEURON_WINDOW
 from ..engine import Engine
 from ..errors import UsageError
 
@@ -26,11 +27,7 @@ def recording(engine: Engine, path: Path) -> Iterator[None]:
         return
     cache = engine.experts
     if cache is None:
-        raise UsageError(
-            f"'{engine.model.describe()['name']}' has no experts and no predictors of neurons, "
-            "so there is nothing to trace.",
-            "Leave --trace out, or calibrate the bundle first.",
-        )
+        raise _nothing_to_trace(engine)
     records = {layer: len(spans) for layer, spans in cache.spans.items()}
     sizes = {layer: max(span.nbytes for span in spans) for layer, spans in cache.spans.items()}
     about = {
@@ -48,6 +45,18 @@ def recording(engine: Engine, path: Path) -> Iterator[None]:
             cache.trace = None
 
 
+def _nothing_to_trace(engine: Engine) -> UsageError:
+    name = engine.model.name
+    if engine.run.exact and engine.model.sparsity is not None:
+        return UsageError(
+            f"With --exact '{name}' asks for all neurons: there is nothing to trace.", "Leave --exact out."
+        )
+    return UsageError(
+        f"'{name}' has no experts and no predictors of neurons, so there is nothing to trace.",
+        "Leave --trace out, or calibrate the bundle first.",
+    )
+
+
 @contextmanager
 def _neurons(engine: Engine, cache: NeuronCache | Pinned, path: Path) -> Iterator[None]:
     records = {layer: found.count for layer, found in engine.neuron_records.items()}
@@ -55,7 +64,7 @@ def _neurons(engine: Engine, cache: NeuronCache | Pinned, path: Path) -> Iterato
     about = {
         "model": engine.model.describe()["name"],
         "policy": engine.run.neuron_policy,
-        "window": engine.run.window,
+        "window": engine.run.window or NEURON_WINDOW,
         "wants": engine.neuron_wants,
         "filled": isinstance(cache, Pinned),
         "room": cache.room if isinstance(cache, NeuronCache) else records,

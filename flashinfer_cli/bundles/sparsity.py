@@ -1,6 +1,7 @@
 """What calibration adds to a bundle: a predictor a layer, and what was measured. Files beside the manifest's.
 
-    predictors.safetensors   layers.N.a [r, d] and layers.N.b [d_ff, r] in float16, layers.N.bias [d_ff] in float32
+    predictors.safetensors   layers.N.a.FORMAT and layers.N.b.FORMAT, rows in blocks of 8 or 4 bits, and layers.N.bias
+                             [d_ff] in float32: see `models.predictors`
     order.safetensors        N int32 [d_ff], an order in which neurons of layer N that fire together stand together
     sparsity.json            by layer rank, recall, precision, density; for the model its quality; written last
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,8 +51,8 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The whole of it. `quality` has perplexity, dense_perplexity and top1_agreement on held-out text; `missed`, by the
-    share of the FFN's bytes that is in memory, the share of neurons that a token reads then."""
+    """The whole of it. `quality` has perplexity, dense_perplexity and top1_agreement on held-out text, or nothing;
+    `missed`, by the share of the FFN's bytes that is in memory, the share of neurons that a token reads then."""
 
     manifest: str
     tokens: int
@@ -66,6 +68,14 @@ class Sparsity:
     @property
     def perplexity_increase(self) -> float:
         return self.quality["perplexity"] / self.quality["dense_perplexity"] - 1
+
+    @property
+    def measured(self) -> dict[str, float] | None:
+        """`quality` with perplexity_increase, as reports tell it; None where it was not measured."""
+        if not {"perplexity", "dense_perplexity", "top1_agreement"} <= self.quality.keys():
+            return None
+        increase = self.perplexity_increase
+        return {**self.quality, "perplexity_increase": increase} if math.isfinite(increase) else None
 
 
 def manifest_digest(bundle: Path) -> str:
@@ -88,10 +98,12 @@ def read_sparsity(bundle: Path) -> Sparsity | None:
     try:
         body: dict[str, Any] = json.loads(file.read_bytes())
         layers = tuple(LayerSparsity(**layer) for layer in body["layers"])
-        found = Sparsity(
-            str(body["manifest"]), int(body["tokens"]), layers, dict(body["quality"]), dict(body.get("missed", {}))
+        quality, missed = (
+            {str(name): float(value) for name, value in body.get(what, {}).items()} for what in ("quality", "missed")
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = Sparsity(str(body["manifest"]), int(body["tokens"]), layers, quality, missed)
+        _ = found.measured
+    except (OSError, ArithmeticError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} is damaged: {error!r}.", _AGAIN) from None
     if found.manifest != manifest_digest(bundle):
         raise BundleError(f"{bundle} has changed since it was calibrated.", _AGAIN)

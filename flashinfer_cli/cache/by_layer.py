@@ -47,11 +47,11 @@ def policies_by_layer(
     name: str,
     records: Mapping[int, int],
     room: Mapping[int, int],
-    window: int,
+    window: int | None,
     prompt_room: Mapping[int, int] | None = None,
 ) -> ByLayer:
     """A policy by its name, for layers of so many neurons with room for so many, during a prompt for `prompt_room`;
-    UsageError for one that is none."""
+    `window` as in `make_policy`. UsageError for one that is none."""
     if name not in NEURON_POLICIES:
         raise UsageError(f"'{name}' is not a policy for neurons.", f"Policies are {', '.join(NEURON_POLICIES)}.")
     policies = {layer: make_policy(name, count, room[layer], window) for layer, count in records.items()}

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..config import NEURON_WINDOW
 from ..kernels.jobs import MOST_WORTH, SCORE_STEPS, WORTH_BITS
 
 NEVER = np.iinfo(np.int64).min // 2
@@ -238,10 +239,10 @@ class Foresight(Frequent):
         return missing[np.argsort(-self._worths(missing), kind="stable")]
 
 
-def make_policy(name: str, count: int, capacity: int, window: int) -> NeuronPolicy:
-    """A policy by name; `window` is the tokens a Window spans."""
+def make_policy(name: str, count: int, capacity: int, window: int | None = None) -> NeuronPolicy:
+    """A policy by name; `window` is the tokens a Window spans, where that is not the usual."""
     if name == "window":
-        return Window(count, capacity, window)
+        return Window(count, capacity, window or NEURON_WINDOW)
     return {"recent": Recent, "foresight": Foresight, "frequent": Frequent}[name](count, capacity)
 
 

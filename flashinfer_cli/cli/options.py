@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import DEFAULT_CONTEXT, RunConfig, SamplingParams
+from ..config import DEFAULT_CONTEXT, NEURON_WINDOW, RunConfig, SamplingParams
 from ..zoo import DEFAULT as ZOO_DEFAULT
 from ..zoo import PREFIX
 
@@ -122,14 +122,23 @@ class RunOptions:
         bool, _memory("--exact", "Compute every neuron, also where calibration says which few matter.")
     ] = RunConfig.exact
     neuron_policy: Annotated[
-        Literal["foresight", "recent", "window", "frequent"],
+        Literal["auto", "foresight", "recent", "window", "frequent"],
         _memory(
             "--neuron-policy",
-            "Which neurons of a calibrated bundle stay: those that its predictors come nearest to naming, those named "
-            "last, all that the last tokens named (--window), or those named most often.",
+            "Which neurons of a calibrated bundle stay: those that its predictors come nearest to naming (foresight, "
+            "which auto is unless --window is given), those named last, all that the last tokens named (window), or "
+            "those named most often.",
         ),
     ] = RunConfig.neuron_policy
-    window: Annotated[int, _memory("--window TOKENS", "Tokens that the policy window spans.", min=1)] = RunConfig.window
+    window: Annotated[
+        int | None,
+        _memory(
+            "--window TOKENS",
+            "Keep the neurons that so many last tokens named: sets --neuron-policy window, and goes with no other.",
+            min=1,
+            show_default=f"{NEURON_WINDOW} with --neuron-policy window",
+        ),
+    ] = RunConfig.window
     prefetch_neurons: Annotated[
         bool,
         _memory(

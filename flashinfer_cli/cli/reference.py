@@ -43,7 +43,7 @@ def _row(parameter: Any, hint: Any) -> str:
     if parameter.param_type_name == "argument":
         names, value = f"`{parameter.metavar}`", ""
     else:
-        names = ", ".join(f"`{name}`" for name in parameter.opts)
+        names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
         value = "" if parameter.is_flag else f" {parameter.metavar or ', '.join(_words(hint)) or 'VALUE'}"
     shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
     default = f" Default: {shown}." if shown not in (None, False, "") and not parameter.required else ""

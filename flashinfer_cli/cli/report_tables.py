@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from ..config import format_size
-from ..report import PHASES
+from ..report import PHASES, label
 from .tables import Table, facts, rate, seconds, share
 
 WORST_LAYERS = 3
@@ -35,7 +35,7 @@ def _run(report: Mapping[str, Any]) -> Table:
         "parameters": f"{model.get('parameters') or 0:,}",
         "weights": f"{format_size(model.get('weight_bytes') or 0)} ({', '.join(model.get('formats') or {})})",
         "stays / streams": f"{format_size(report['resident_bytes'])} / {format_size(report['streamed_bytes'])}",
-        "exactness": str(report["exactness"]),
+        "exactness": label(report["exactness"], report.get("quality")),
         "device": f"{report['device']}, {report['threads']} threads, {report['kernels']} kernels",
         "reads": str(report["direct_io"]),
     }

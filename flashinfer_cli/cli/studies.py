@@ -36,7 +36,8 @@ PROFILE_PROMPT = "Once upon a time, in a small house by the sea, there lived"
 def inspect(model: ModelArgument, revision: Revision = None, json: Json = False) -> None:
     """Show what is in a checkpoint or bundle, without loading it.
 
-    Architecture, sizes by part, number formats, tokenizer, chat template, and what would stream.
+    Architecture, sizes by part, number formats, tokenizer, chat template, what would stream, and of a calibrated bundle
+    how it runs and what that was measured to cost.
     """
     console = Console()
     from ..apps.inspect import inspect_model

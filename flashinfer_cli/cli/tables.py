@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config import RopeConfig, format_size
+from ..report import label
 
 if TYPE_CHECKING:
     from ..plan import MemoryPlan
@@ -76,11 +77,13 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
     config, weights = found["config"], found["weight_bytes"]
     model = {
         "path": str(found["path"]),
-        "kind": f"{found['kind']}, {found['exactness']}",
+        "kind": f"{found['kind']}, {label(found['exactness'], found.get('quality'))}",
         "model_type": str(found["model_type"]),
         "parameters": f"{found['parameters']:,}",
         "weights": format_size(weights),
     }
+    if found.get("sparsity_problem"):
+        model["calibration"] = str(found["sparsity_problem"])
     architecture = {name: plain(config[name]) for name in SHOWN if name in config}
     rope, usual = config.get("rope"), asdict(RopeConfig())
     if rope:
@@ -98,19 +101,33 @@ def inspect_tables(found: Mapping[str, Any]) -> list[Table]:
         "always stays": format_size(found["always_resident_bytes"]),
         "keys and values": f"{format_size(found['kv_bytes_per_token'])} a token of context",
     }
+    tables = [facts(str(found["name"]), model), facts("Architecture", architecture)]
+    if found.get("sparsity"):
+        tables.append(_sparsity(found["sparsity"]))
     sizes = [
         Table(
             title, ("", "size", "share"), [(name, format_size(n), share(n, weights)) for name, n in found[key].items()]
         )
         for title, key in (("Weights by part", "parts"), ("Weights by format", "formats"))
     ]
-    return [
-        facts(str(found["name"]), model),
-        facts("Architecture", architecture),
-        *sizes,
-        facts("Text", text),
-        facts("Memory", memory),
-    ]
+    return [*tables, *sizes, facts("Text", text), facts("Memory", memory)]
+
+
+def _sparsity(found: Mapping[str, Any]) -> Table:
+    """Of a calibrated bundle what its predictors do, over its layers."""
+    ranks, recalls = ([f"{value:{form}}" for value in found[key]] for key, form in (("rank", ",d"), ("recall", ".1%")))
+    pairs = {
+        "runs": f"sparse, and {found['with_exact']} with --exact",
+        "calibrated on": f"{found['tokens']:,} tokens",
+        "predictors": f"{found['layers']:,} layers, {_range(ranks, 'rank ')}, {format_size(found['predictor_bytes'])}",
+        "recall": f"{_range(recalls)} of the neurons that fire, by layer",
+        "predicted": f"{found['predicted']:.1%} of the neurons for a token, where {found['density']:.1%} fire",
+    }
+    return facts("Neurons on demand", pairs)
+
+
+def _range(ends: Sequence[str], before: str = "") -> str:
+    return before + " to ".join(dict.fromkeys(ends))
 
 
 def plain(value: Any) -> str:
@@ -138,6 +155,6 @@ def evaluation_table(found: Mapping[str, Any]) -> Table:
     if "expert_hits" in found:
         hits, misses = found["expert_hits"], found["expert_misses"]
         rows["experts"] = f"{share(hits, hits + misses)} hits, {misses:,} misses, token by token"
-    rows["exactness"] = str(found["exactness"])
+    rows["exactness"] = label(found["exactness"], found.get("quality"))
     rows["peak memory"] = f"{format_size(found['peak'])} of {format_size(found['budget'])}"
     return facts("", rows)

@@ -12,6 +12,7 @@ from .run import (
     NEURON_GUESSES,
     NEURON_POLICIES,
     NEURON_STAGES,
+    NEURON_WINDOW,
     SLICE_BYTES,
     SMALL_MODEL,
     KvCacheType,
@@ -22,7 +23,7 @@ from .sizes import GiB, KiB, MiB, format_size, parse_size
 
 __all__ = [
     "DEFAULT_CONTEXT", "DEFAULT_MAX_TOKENS", "EXPERT_POLICIES", "FEW_TOKENS", "FORESEEING", "MEASURED_MODEL",
-    "NEURON_BLOCK", "NEURON_GUESSES", "NEURON_POLICIES", "NEURON_STAGES", "SLICE_BYTES", "SMALL_MODEL",
+    "NEURON_BLOCK", "NEURON_GUESSES", "NEURON_POLICIES", "NEURON_STAGES", "NEURON_WINDOW", "SLICE_BYTES", "SMALL_MODEL",
     "DepthConfig", "GiB", "KiB", "KvCacheType", "MiB", "MlaConfig", "ModelConfig", "MoeConfig", "RopeConfig",
     "RunConfig", "SamplingParams", "WeightMap", "WeightRef", "format_size", "parse_size",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ..errors import UsageError
@@ -19,6 +19,7 @@ NEURON_BLOCK = 256  # active neurons computed at once, while those of the next b
 FEW_TOKENS = 32  # however many rows of logits a run asks for, see RunConfig.few_tokens
 NEURON_GUESSES = 96  # neurons of a layer read before attention has said which: those of the highest scores
 NEURON_STAGES = 2  # such blocks on their way at once
+NEURON_WINDOW = 5  # tokens that the policy window spans, and by whose needs slots are dealt under any other
 SLICE_BYTES = 8 * MiB  # of a streamed slice; fixed, so that how a model is cut never depends on the budget
 
 
@@ -40,8 +41,8 @@ class RunConfig:
     speculate: str = "auto"  # tokens to draft: a number, auto (by measured costs), off
     draft_tree: int = 0  # places at the front of a run for which the draft's second guess is checked too
     exact: bool = False  # compute every neuron, also where predictors would say which few
-    window: int = 5  # tokens whose neurons stay, with the neuron policy "window"
-    neuron_policy: Literal["foresight", "recent", "window", "frequent"] = "foresight"
+    neuron_policy: Literal["auto", "foresight", "recent", "window", "frequent"] = "auto"  # which neurons stay
+    window: int | None = None  # tokens whose neurons stay with the policy window, which auto is where this is given
     prefetch_neurons: bool = True  # read the surest of what a layer's predictor says of its input before attention
     # Which experts stay; auto: adaptive, the better of foresight and lfu of late; foresight where routing is lossy.
     expert_policy: Literal["auto", "adaptive", "foresight", "lfu", "stale", "lru", "lru-layer", "pinned", "none"] = (
@@ -60,6 +61,15 @@ class RunConfig:
     # and the model is too small to be worth it.
     kernels: Literal["auto", "compiled", "reference"] = "auto"
     revision: str | None = None  # of an org/name on the hub
+
+    def settled(self) -> RunConfig:
+        """With the neuron policy that auto stands for, and of the policy window its tokens."""
+        policy = self.neuron_policy
+        if policy == "auto":
+            policy = "foresight" if self.window is None else "window"
+        return replace(
+            self, neuron_policy=policy, window=(self.window or NEURON_WINDOW) if policy == "window" else None
+        )
 
     @property
     def few_tokens(self) -> int:
@@ -102,7 +112,15 @@ class RunConfig:
             raise UsageError(f"--draft-tree is {self.draft_tree}; it must be 0 to 16 places.")
         if self.draft_tree and self.draft is None:
             raise UsageError("--draft-tree needs a draft.", "Give --draft MODEL.")
-        if self.window < 1:
+        if self.neuron_policy not in ("auto", *NEURON_POLICIES):
+            known = ", ".join(("auto", *NEURON_POLICIES))
+            raise UsageError(f"--neuron-policy is '{self.neuron_policy}', which is none of {known}.")
+        if self.window is not None and self.window < 1:
             raise UsageError(f"--window is {self.window}; it must be at least 1 token.")
+        if self.window is not None and self.neuron_policy not in ("auto", "window"):
+            raise UsageError(
+                f"--window is of --neuron-policy window, and --neuron-policy is {self.neuron_policy}.",
+                "Leave one of the two out.",
+            )
         if (self.io_threads is not None and self.io_threads < 1) or self.prefill_chunk < 1:
             raise UsageError("The I/O threads and the prefill chunk must be at least 1.")

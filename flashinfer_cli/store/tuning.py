@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..config import KiB, MiB
+from ..config import MEASURED_MODEL, KiB, MiB
 from .drive import measure
 from .flash import REQUEST_BYTES
 
@@ -110,3 +110,15 @@ def reading_of(
     reading = choose(tuple(curve))
     _keep(drive, reading)
     return reading
+
+
+def how_to_read(
+    files: Sequence[Path], streaming: int, *, remeasure: bool = False, notify: Callable[[str], None] | None = None
+) -> Reading:
+    """How to read a model's files, where so many bytes of weights stream (0: none does): as kept of their drive, or the
+    default; where they are many the drive is measured, once."""
+    file = max(files, key=lambda path: path.stat().st_size)
+    many = streaming >= MEASURED_MODEL and file.stat().st_size >= MEASURED_MODEL // 4
+    if many or remeasure:
+        return reading_of(file, remeasure=remeasure, notify=notify)
+    return kept(drive_of(file)) or Reading()
