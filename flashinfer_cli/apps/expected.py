@@ -8,7 +8,8 @@ A token takes the larger of its reading, and of computing with the part of the r
 Of the recorded run come `computing` (all of its time but waiting), `slower` (how much longer its reads took than the
 drive alone needs for what was missed: waste, gaps, short queues), and `waited` (the share of reading that stalled it);
 so what ran is given the time that it took. It is assumed that these three are the same at every size and with every
-policy, and that reads are one queue. Where nothing was read, `slower` and `waited` are 1: no read is hidden.
+policy, and that reads are one queue. Where nothing was read, `slower` and `waited` are 1: no read is hidden. First uses
+count as misses, so a short trace says less than a long run would make.
 
 Slots are taken from the process' budget, and the plan has slices stay before most records: so a size goes with the
 least budget whose plan has as many slots, and with what streams under that plan. Without plans slots are memory beside
