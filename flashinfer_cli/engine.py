@@ -127,7 +127,7 @@ class Engine:
         predictors = load_predictors(model.predictors_file, sparse_layers, self.kernels, self.device)
         bundled_experts = model.config.moe is not None and model.checkpoint.kind == "bundle"
         self.probes = read_ahead(model.checkpoint.path) if bundled_experts else {}
-        layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers, run.degrade > 0)
+        self.layout = layout = lay_out(model.checkpoint, model.config, model.weights, sparse_layers, run.degrade > 0)
         self.neuron_wants = {layer.layer: layer.working_set(run.window or NEURON_WINDOW) for layer in known}
         records = getattr(model.checkpoint, "records", {})
         self.neuron_records: dict[int, RecordLayout] = {layer: records[layer] for layer in sparse_layers}

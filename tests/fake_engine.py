@@ -215,7 +215,7 @@ def evaluate(model: str, text: str, run: Any, *, against: Any, max_tokens: Any, 
     return found | ({"mean_kl": float("nan"), "top1_agreement": 0.99} if against else {})
 
 
-def profile(engine: FakeEngine, prompt: Any, sampling: Any, progress: Any) -> RunReport:
+def profile(engine: FakeEngine, prompt: Any, sampling: Any, progress: Any, trace: Path | None) -> RunReport:
     for _ in engine.generate(prompt, sampling):
         progress(1, 2, "generating")
     return engine.report()

@@ -85,7 +85,8 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     # room for two of four: 0 and 1 come in, 0 hits, 2 drives 1 out, 0 hits, 1 is gone
     assert point["slots"] == 2 and point["share"] == 0.5
     assert point["policies"]["lru"] == {
-        "hit_ratio": 2 / 6, "prefill_hit_ratio": None, "bytes_per_token": pytest.approx(4000 / 6)
+        "hit_ratio": 2 / 6, "prefill_hit_ratio": None, "bytes_per_token": pytest.approx(4000 / 6),
+        "tokens_per_second": None,
     }  # fmt: skip
     assert point["belady"]["hit_ratio"] == 3 / 6  # 2 need not stay
     assert point["gap"] == pytest.approx({"chance": 0.5, "policy": -1 / 6, "order": 1 / 6, "room": 0, "cold": 0.5})

@@ -11,7 +11,7 @@ from html import escape
 from math import floor, isfinite, log10
 
 WIDTH = 900  # of every chart, in SVG's own units: the page scales it
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 14, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 18, 14, 34
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Policies over a recorded trace, without the model: how often each finds what is asked for, at every cache size.
+"""Policies over a recorded trace, without the model: how often each finds what is asked for, at every cache size, what
+it reads a token, and how many tokens a second to expect (`expected.py`).
 
 Beside each other stand chance (a cache of that share of the records, filled blindly), the policies, and Belady's
 optimum, which knows the future and bounds them all. What it misses is split too: first uses, which nothing can avoid,
@@ -8,7 +9,7 @@ and what does not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from ..cache.trace import Demand, Trace, read_trace
 from ..cache.window import deal
 from ..config import EXPERT_POLICIES, FORESEEING, NEURON_POLICIES, RunConfig
 from ..errors import UsageError
+from .expected import Expected
+from .recommended import recommend
 
 FINE = 16  # at most so many records a layer: every number of them; above, the shares below
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
@@ -27,11 +30,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Found:
-    """What a policy made of a trace: shares of the demanded records found in the cache, and bytes missed a token."""
+    """What a policy made of a trace: shares of the demanded records found in the cache, bytes missed a token, and the
+    rate to expect where the trace says what its run measured."""
 
     hit_ratio: float
     prefill_hit_ratio: float | None
     bytes_per_token: float
+    tokens_per_second: float | None = None
 
 
 AnyPolicy = Policy | ByLayer
@@ -93,17 +98,50 @@ def replay(
     policies = policies or [name for name in known if name not in blind]
     total = sum(trace.records.values())
     sizes = [max(1, round(total * share)) for share in shares] or _sizes(trace)
+    ran = _ran(trace, phase)
+    expected = None
+    if trace.measured is not None and ran is not None and phase == "decode":
+        expected = Expected(trace.measured, ran["bytes_per_token"])
     points = []
     for done, slots in enumerate(sizes):
         if progress is not None:
             progress(done, len(sizes))
-        points.append(_point(trace, phase, slots, policies))
+        points.append(_point(trace, phase, slots, policies, expected))
+    chosen = ran["policy"] if ran is not None and ran["policy"] in policies else points[-1]["best"]
+    measured = None if trace.measured is None else {**vars(trace.measured)}
+    if measured is not None:
+        del measured["plans"]  # each point has its own
     return {
         "file": str(file), "kind": trace.kind, "phase": phase, "about": trace.about,
         "layers": len(trace.records), "records": total, "bytes": sum(_bytes_of(trace).values()),
-        "tokens": trace.tokens(phase), "demanded": _demanded(trace, phase), "points": points,
+        "tokens": _tokens(trace, phase), "demanded": _demanded(trace, phase),
+        "as_it_ran": ran, "measured": measured,
+        "points": points, "recommended": None if expected is None else recommend(points, chosen),
         "recall": recall(trace, phase),
     }  # fmt: skip
+
+
+def _ran(trace: Trace, phase: str) -> dict[str, Any] | None:
+    """What the policy that ran makes of the trace, in the room it had, and what the run itself counted and measured;
+    None for traces that do not say how they were made."""
+    try:
+        policy = as_it_ran(trace)
+    except (KeyError, UsageError):  # an older trace, or a policy that is no more
+        return None
+    slots = sum(policy.room.values()) if isinstance(policy, ByLayer) else policy.capacity
+    found, measured = _found(trace, phase, policy), trace.measured if phase == "decode" else None
+    return {
+        "policy": trace.about["policy"], "slots": slots, "share": slots / sum(trace.records.values()),
+        "hits": policy.hits(phase), "misses": policy.misses(phase),
+        "hit_ratio": found.hit_ratio, "bytes_per_token": found.bytes_per_token,
+        "counted": None if measured is None else {"hits": measured.hits, "misses": measured.misses},
+        "tokens_per_second": None if measured is None else measured.tokens / measured.seconds,
+    }  # fmt: skip
+
+
+def _tokens(trace: Trace, phase: str) -> int:
+    """Tokens that came out: of drafts, those that stood."""
+    return trace.measured.tokens if trace.measured is not None and phase == "decode" else trace.tokens(phase)
 
 
 def _sizes(trace: Trace) -> list[int]:
@@ -121,9 +159,16 @@ def _demanded(trace: Trace, phase: str) -> int:
     return sum(len({*each.chosen[each.chosen >= 0].tolist()}) for each in trace.demands if each.phase == phase)
 
 
-def _point(trace: Trace, phase: str, slots: int, policies: Sequence[str]) -> dict[str, Any]:
+def _point(trace: Trace, phase: str, slots: int, policies: Sequence[str], expected: Expected | None) -> dict[str, Any]:
     total = sum(trace.records.values())
-    found = {name: _found(trace, phase, run_policy(_policy(trace, name, slots), trace.demands)) for name in policies}
+
+    def judged(policy: AnyPolicy) -> Found:
+        made = _found(trace, phase, policy)
+        if expected is None:
+            return made
+        return replace(made, tokens_per_second=expected.tokens_per_second(made.bytes_per_token, slots))
+
+    found = {name: judged(run_policy(_policy(trace, name, slots), trace.demands)) for name in policies}
     plain = [(each.layer, each.chosen) for each in trace.demands]
     bound = run_policy(Belady(trace.records, slots, plain), trace.demands)
     apart = Belady(trace.records, slots, plain, per_layer=True)
@@ -138,10 +183,11 @@ def _point(trace: Trace, phase: str, slots: int, policies: Sequence[str]) -> dic
         "slots": slots,
         "share": chance,
         "bytes": round(chance * sum(_bytes_of(trace).values())),
+        "memory": None if expected is None else expected.memory(slots),
         "policies": {name: vars(each) for name, each in found.items()},
         "best": best,
-        "belady": vars(_found(trace, phase, bound)),
-        "belady_by_layer": vars(_found(trace, phase, apart)),
+        "belady": vars(judged(bound)),
+        "belady_by_layer": vars(judged(apart)),
         # Shares of all that is asked for, summing to one.
         "gap": {
             "chance": chance,
@@ -174,7 +220,7 @@ def _found(trace: Trace, phase: str, policy: AnyPolicy) -> Found:
     missed = sum(
         misses * trace.record_bytes[layer] for (name, layer), (_, misses) in policy.counts.items() if name == phase
     )
-    return Found(ratio(phase) or 0.0, ratio("prefill"), missed / max(trace.tokens(phase), 1))
+    return Found(ratio(phase) or 0.0, ratio("prefill"), missed / max(_tokens(trace, phase), 1))
 
 
 def recall(trace: Trace, phase: str) -> list[dict[str, Any]]:

@@ -1,14 +1,18 @@
-"""What `replay` found as one self-contained page: hit ratios against cache size, the gap, recall of guesses."""
+"""What `replay` found as one self-contained page: hit ratios, bytes a token and expected tokens a second against cache
+size, the gap, recall of guesses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..config import format_size
+from ..config import GiB, KiB, MiB, format_size
 from . import page
 from .charts import Column, Line, Segment, columns, lines
+from .recommended import in_rate, recommended_words
+
+BELADY, BY_LAYER, SEVENTH = "part8", "part0", "part9"  # colours that no policy has; the seventh's own is too pale
 
 GAP = (
     ("chance", "other", "chance: a cache of this size, filled blindly"),
@@ -29,20 +33,16 @@ def render(found: Mapping[str, Any]) -> str:
         f"{found['records']:,} {found['kind']} in {found['layers']} layers, {format_size(found['bytes'])}; "
         f"{found['tokens']:,} tokens of {found['phase']} asked for {found['demanded']:,}"
     )
-    curves = [
-        Line(each, f"part{index}", [(p["share"], p["policies"][each]["hit_ratio"]) for p in points])
-        for index, each in enumerate(policies, 1)
-    ]
-    curves.append(Line("Belady's optimum", "warm", [(p["share"], p["belady"]["hit_ratio"]) for p in points]))
-    curves.append(Line("chance", "other", [(p["share"], p["share"]) for p in points]))
+    hits = _curves(points, policies, "hit_ratio")
+    hits.append(Line("chance", "other", [(p["share"], p["share"]) for p in points]))
     sections = [
         page.section(
             "Hit ratio against cache size",
             "Share of what was asked for that was in the cache.",
-            page.legend([(line.style, line.name) for line in curves])
-            + lines(curves, label="Hit ratio by share of the records that are cached", across=_percent, up=_percent),
+            _chart(hits, "Hit ratio by share of the records that are cached", _percent),
         ),
-        page.section("Bytes a token", "Read from the drive for want of room.", _bytes(points, policies)),
+        _bytes(points, policies),
+        _rates(found, points, policies),
         page.section(
             "Where the hits are",
             "All that was asked for, by who would have found it.",
@@ -51,20 +51,83 @@ def render(found: Mapping[str, Any]) -> str:
     ]
     if found["recall"]:
         sections.append(_recall(found["recall"]))
-    head = f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>"
+    said = [about, *_as_it_ran(found)]
+    head = f"<header><h1>{escape(title)}</h1>{''.join(f'<p>{escape(each)}</p>' for each in said)}</header>"
     return page.page(title, "\n".join((head, *sections)))
 
 
+def _as_it_ran(found: Mapping[str, Any]) -> list[str]:
+    ran = found["as_it_ran"]
+    if ran is None:
+        return []
+    asked, missed = ran["hits"] + ran["misses"], format_size(ran["bytes_per_token"])
+    words = (
+        f"as it ran, by policy {ran['policy']} with slots for {ran['share']:.1%}: {ran['hits']:,} hits of {asked:,} "
+        f"({ran['hit_ratio']:.1%}), {missed} a token missed"
+    )
+    measured = ran["tokens_per_second"]
+    return [words if measured is None else f"{words}, {in_rate(measured)} tok/s measured"]
+
+
+def _curves(points: Sequence[Mapping[str, Any]], policies: Sequence[str], figure: str, unit: float = 1) -> list[Line]:
+    """A figure of each policy, and of Belady's optimum, by the share of the records that are cached."""
+    styles = [f"part{number}" if number < 7 else SEVENTH for number in range(1, len(policies) + 1)]
+    return [
+        *(
+            Line(each, style, [(p["share"], p["policies"][each][figure] / unit) for p in points])
+            for each, style in zip(policies, styles, strict=True)
+        ),
+        Line("Belady by layer", BY_LAYER, [(p["share"], p["belady_by_layer"][figure] / unit) for p in points]),
+        Line("Belady's optimum", BELADY, [(p["share"], p["belady"][figure] / unit) for p in points]),
+    ]
+
+
+def _chart(curves: Sequence[Line], label: str, up: Callable[[float], str]) -> str:
+    legend = page.legend([(line.style, line.name) for line in curves])
+    return legend + lines(curves, label=label, across=_percent, up=up)
+
+
 def _bytes(points: Sequence[Mapping[str, Any]], policies: Sequence[str]) -> str:
-    header = ["cached", "size", *policies, "Belady", "Belady by layer"]
+    most = max(each["bytes_per_token"] for p in points for each in (*p["policies"].values(), p["belady_by_layer"]))
+    unit, name = next(
+        ((size, name) for size, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")) if most >= size), (1, "B")
+    )
+    chart = _chart(
+        _curves(points, policies, "bytes_per_token", unit),
+        "Bytes a token by share of the records that are cached",
+        lambda value: f"{value:.4g} {name}",
+    )
+    table = _table(points, policies, "bytes_per_token", format_size)
+    return page.section("Bytes a token against cache size", "Read from the drive for want of room.", chart + table)
+
+
+def _rates(found: Mapping[str, Any], points: Sequence[Mapping[str, Any]], policies: Sequence[str]) -> str:
+    said = recommended_words(found)
+    if found["recommended"] is None:
+        return page.section("Expected tokens a second", said, "")
+    curves = _curves(points, policies, "tokens_per_second")
+    chart = _chart(curves, "Expected tokens a second by share of the records that are cached", lambda v: f"{v:,.4g}")
+    table = _table(points, policies, "tokens_per_second", in_rate)
+    return page.section("Expected tokens a second against cache size", said, chart + table)
+
+
+def _table(
+    points: Sequence[Mapping[str, Any]], policies: Sequence[str], figure: str, write: Callable[[float], str]
+) -> str:
+    budgets = any(point.get("memory") is not None for point in points)
+    header = ["cached", "size", *["--memory"] * budgets, *policies, "Belady by layer", "Belady"]
     body = []
     for point in points:
-        figures = [point["policies"][name]["bytes_per_token"] for name in policies]
-        figures += [point["belady"]["bytes_per_token"], point["belady_by_layer"]["bytes_per_token"]]
-        cells = [f"{point['share']:.0%}", format_size(point["bytes"]), *map(format_size, figures)]
-        body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        found = (*(point["policies"][name] for name in policies), point["belady_by_layer"], point["belady"])
+        memory = [format_size(point["memory"]) if point["memory"] is not None else "–"] if budgets else []
+        cells = [
+            f"{point['share']:.0%}",
+            format_size(point["bytes"]),
+            *memory,
+            *(write(each[figure]) for each in found),
+        ]
+        body.append([escape(cell) for cell in cells])
+    return page.table(header, body, left=())
 
 
 def _gap(points: Sequence[Mapping[str, Any]]) -> str:

@@ -12,9 +12,12 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -22,7 +25,8 @@ import numpy as np
 
 from ..errors import UsageError
 
-FORMAT, VERSION = "genai-run trace", 1
+FORMAT, VERSION = "genai-run trace", 2
+READABLE = (1, VERSION)
 Kind = Literal["experts", "neurons"]
 
 
@@ -39,6 +43,41 @@ class Demand:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a recorded run counted and measured: bytes and seconds of all that it decoded, and rates in bytes a second.
+
+    `plans` are what other budgets would give: bytes of the process, records that have slots, bytes of slices that
+    stream a pass; each with no less memory than the one before. None where that cannot be told.
+    """
+
+    tokens: int  # that came out
+    passes: int
+    hits: int
+    misses: int
+    seconds: float  # without those of writing the trace
+    wait_seconds: float
+    read_seconds: float  # with a read under way
+    other_bytes: int  # read of anything but records: slices, rows of the embedding
+    record_rate: float  # of the drive by itself, with requests of the size that records were read by
+    other_rate: float
+    memory: int  # the budget
+    context: int  # tokens
+    streamed: int  # bytes of slices a pass, as planned
+    plans: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no run can have measured."""
+        numbers = [getattr(self, each.name) for each in fields(self) if each.name != "plans"]
+        for value in (*numbers, *(value for plan in self.plans for value in plan)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
+                raise ValueError(value)
+        if not min(self.tokens, self.seconds, self.record_rate, self.other_rate) > 0:
+            raise ValueError(self.tokens)
+        if any(len(plan) != 3 for plan in self.plans) or list(self.plans) != sorted(self.plans, key=lambda p: p[0]):
+            raise ValueError(self.plans)
+
+
+@dataclass(frozen=True)
 class Trace:
     """A trace read back. `records` and `record_bytes` by layer."""
 
@@ -47,6 +86,7 @@ class Trace:
     record_bytes: dict[int, int]
     about: dict[str, Any]  # model, policy, slots, and the like
     demands: list[Demand]
+    measured: Measured | None = None
 
     def tokens(self, phase: str) -> int:
         """Tokens of the passes of a phase."""
@@ -63,11 +103,13 @@ class TraceWriter:
         self, out: IO[str], kind: Kind, records: Mapping[int, int], record_bytes: Mapping[int, int], **about: Any
     ) -> None:
         self._out = out
-        self.kind = kind
+        self.kind, self.record_bytes = kind, dict(record_bytes)
         self._guesses: dict[int, dict[str, list[int]]] = {}
         self._worth: dict[int, list[int] | str] = {}
+        self._pending = 0.0
+        self.seconds: dict[str, float] = defaultdict(float)  # spent in here, by phase
         header = {"format": FORMAT, "version": VERSION, "kind": kind, "records": dict(records)}
-        self._line(header | {"record_bytes": dict(record_bytes), "about": about})
+        self._line(header | {"record_bytes": self.record_bytes, "about": about})
 
     def guess(self, layer: int, ahead: int, ids: list[int]) -> None:
         """The ids guessed for the next demand of a layer, best first, `ahead` layers before it."""
@@ -76,15 +118,22 @@ class TraceWriter:
     def expect(self, layer: int, worth: np.ndarray) -> None:
         """What each id is thought to be worth from the next demand of a layer on, int [records]; of neurons, of which
         there are thousands, within a byte."""
-        few = self.kind == "experts"
+        start, few = time.perf_counter(), self.kind == "experts"
         self._worth[layer] = worth.tolist() if few else base64.b64encode(worth.astype(np.int8).tobytes()).decode()
+        self._pending += time.perf_counter() - start
 
     def demand(self, phase: str, layer: int, chosen: np.ndarray) -> None:
         """A demand: chosen int [T, k], -1 for none."""
-        line: dict[str, Any] = {"phase": phase, "layer": layer}
+        start, line = time.perf_counter(), dict[str, Any](phase=phase, layer=layer)
         line["ids"] = [[i for i in row if i >= 0] for row in chosen.tolist()]
         extra = {"guesses": self._guesses.pop(layer, None), "worth": self._worth.pop(layer, None)}
         self._line(line | {name: value for name, value in extra.items() if value})
+        self.seconds[phase] += self._pending + time.perf_counter() - start
+        self._pending = 0.0
+
+    def end(self, measured: Measured) -> None:
+        """The run is over, and this is what it measured."""
+        self._line({"measured": asdict(measured)})
 
     def _line(self, value: Mapping[str, Any]) -> None:
         self._out.write(json.dumps(value, separators=(",", ":")) + "\n")
@@ -113,14 +162,18 @@ def read_trace(path: Path) -> Trace:
     try:
         with _open(path, "r") as lines:
             header = json.loads(next(lines))
-            if header["format"] != FORMAT or header["version"] != VERSION:
+            if header["format"] != FORMAT or header["version"] not in READABLE:
                 raise ValueError(header["format"])
-            demands = []
+            demands, measured = [], None
             for number, line in enumerate(lines, 2):  # noqa: B007
-                demands.append(_demand(json.loads(line)))
+                read = json.loads(line)
+                if "measured" in read:
+                    measured = _measured(read["measured"])
+                else:
+                    demands.append(_demand(read))
             records = {int(layer): int(count) for layer, count in header["records"].items()}
             sizes = {int(layer): int(count) for layer, count in header["record_bytes"].items()}
-            trace = Trace(header["kind"], records, sizes, header["about"], demands)
+            trace = Trace(header["kind"], records, sizes, header["about"], demands, measured)
     except (OSError, UnicodeDecodeError, StopIteration) as error:
         why = "it is empty" if isinstance(error, StopIteration) else getattr(error, "strerror", None) or "it is no text"
         raise UsageError(f"'{path}' cannot be read as a trace: {why}.", hint) from None
@@ -144,3 +197,7 @@ def _demand(line: Mapping[str, Any]) -> Demand:
     if said is not None:
         worth = np.frombuffer(base64.b64decode(said), np.int8) if isinstance(said, str) else np.asarray(said, np.int64)
     return Demand(str(line["phase"]), int(line["layer"]), chosen, guesses, worth)
+
+
+def _measured(line: Mapping[str, Any]) -> Measured:
+    return Measured(**{**line, "plans": tuple((*plan,) for plan in line["plans"])})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..apps.recommended import in_rate, recommended_words
 from ..config import EXPERT_POLICIES, NEURON_POLICIES, format_size
 from .console import Console
 from .options import MEMORY, OUTPUT, Json, Quiet, option
 from .running import as_json, check_writable, parse_share, write_file
-from .tables import Table
+from .tables import Table, facts
 
 MOST_GUESSES = 8  # columns of the table of recalls
 
@@ -46,8 +47,8 @@ def replay(
 ) -> None:
     """Try cache policies and sizes on a recorded trace, without the model.
 
-    Shows how often each policy would find what was asked for, and what it would read a token, beside chance and beside
-    Belady's optimum, which knows the future.
+    Shows how often each policy would find what was asked for, what it would read a token, and how many tokens a second
+    to expect, beside chance and beside Belady's optimum, which knows the future; and the memory to recommend.
     """
     console = Console(quiet)
     check_writable(html)
@@ -76,24 +77,18 @@ def replay_tables(found: Mapping[str, Any]) -> list[Table]:
     points = found["points"]
     policies = list(points[0]["policies"])
     sizes = [(f"{point['share']:.1%}", f"{point['slots']:,}", format_size(point["bytes"])) for point in points]
-    hits = [
-        (
-            *size,
-            *(f"{point['policies'][name]['hit_ratio']:.1%}" for name in policies),
-            f"{point['belady_by_layer']['hit_ratio']:.1%}",
-            f"{point['belady']['hit_ratio']:.1%}",
-        )
-        for size, point in zip(sizes, points, strict=True)
-    ]
-    reads = [
-        (
-            *size,
-            *(format_size(point["policies"][name]["bytes_per_token"]) for name in policies),
-            format_size(point["belady_by_layer"]["bytes_per_token"]),
-            format_size(point["belady"]["bytes_per_token"]),
-        )
-        for size, point in zip(sizes, points, strict=True)
-    ]
+
+    def figures(name: str, write: Callable[[float], str]) -> list[tuple[str, ...]]:
+        return [
+            (
+                *size,
+                *(write(point["policies"][policy][name]) for policy in policies),
+                write(point["belady_by_layer"][name]),
+                write(point["belady"][name]),
+            )
+            for size, point in zip(sizes, points, strict=True)
+        ]
+
     gaps = [
         (size[0], point["best"], *(f"{point['gap'][key]:.1%}" for key in ("chance", "policy", "order", "room", "cold")))
         for size, point in zip(sizes, points, strict=True)
@@ -106,8 +101,10 @@ def replay_tables(found: Mapping[str, Any]) -> list[Table]:
     columns = ("chance", kind, "size", *policies, "Belady by layer", "Belady")
     parts = ("chance", "best policy", "by chance", "+ by policy", "+ by Belady", "no room", "first uses")
     tables = [
-        Table(f"Hit ratio of {phase}", columns, hits, notes=(note,)),
-        Table(f"Read a token of {phase}", columns, reads),
+        *_as_it_ran(found),
+        Table(f"Hit ratio of {phase}", columns, figures("hit_ratio", lambda ratio: f"{ratio:.1%}"), notes=(note,)),
+        Table(f"Read a token of {phase}", columns, figures("bytes_per_token", format_size)),
+        *_rates(found, columns, figures("tokens_per_second", in_rate) if found["recommended"] else []),
         Table("What is asked for, by who finds it", parts, gaps, left=(0, 1)),
     ]
     if found["recall"]:
@@ -122,3 +119,35 @@ def replay_tables(found: Mapping[str, Any]) -> list[Table]:
         header = ("layers ahead", *(f"{number} guessed" for number in range(1, width)))
         tables.append(Table("Needed experts that were guessed", header, padded))
     return tables
+
+
+def _as_it_ran(found: Mapping[str, Any]) -> list[Table]:
+    """The policy and room of the run that was recorded; none where the trace does not tell them."""
+    ran = found["as_it_ran"]
+    if ran is None:
+        return []
+    asked = ran["hits"] + ran["misses"]
+    pairs = {
+        "policy": f"{ran['policy']}, {ran['slots']:,} of {found['records']:,} {found['kind']} have slots",
+        "hits": f"{ran['hits']:,} of {asked:,} ({ran['hit_ratio']:.1%})",
+        "bytes a token": f"{format_size(ran['bytes_per_token'])} missed",
+    }
+    if ran["counted"] is not None:
+        counted = ran["counted"]
+        same = (counted["hits"], counted["misses"]) == (ran["hits"], ran["misses"])
+        pairs["hits that the run counted"] = (
+            "the same" if same else f"{counted['hits']:,}, {counted['misses']:,} misses"
+        )
+        pairs["measured"] = f"{in_rate(ran['tokens_per_second'])} tok/s, without the writing of the trace"
+    return [facts("As it ran", pairs)]
+
+
+def _rates(found: Mapping[str, Any], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[Table]:
+    """Expected tokens a second and the memory to recommend; where the trace does not tell, the line that says so."""
+    said = recommended_words(found)
+    if not rows:
+        return [facts("Expected tok/s", {"not known": said})]
+    budgets = ["–" if point["memory"] is None else format_size(point["memory"]) for point in found["points"]]
+    with_budgets = [(*row[:3], budget, *row[3:]) for row, budget in zip(rows, budgets, strict=True)]
+    header = (*columns[:3], "--memory", *columns[3:])
+    return [Table(f"Expected tok/s of {found['phase']}", header, with_budgets, notes=(said,))]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from .console import Console
 from .options import (
@@ -26,9 +25,6 @@ from .prompts import gather, required
 from .report_tables import report_tables
 from .running import as_json, check_writable, compile_kernels, named, need_of, opened, prompt_ids, write_file
 from .tables import evaluation_table, inspect_tables, plan_dict, plan_tables
-
-if TYPE_CHECKING:
-    from ..engine import Engine
 
 PROFILE_PROMPT = "Once upon a time, in a small house by the sea, there lived"
 
@@ -78,7 +74,9 @@ def profile(
     trace: Annotated[
         Path | None,
         option(
-            OUTPUT, "--trace FILE", "Write which experts or neurons every token asked for, for replay; .gz compresses."
+            OUTPUT,
+            "--trace FILE",
+            "Write which experts or neurons every token asked for, and what was measured, for replay; .gz compresses.",
         ),
     ] = None,
     quiet: Quiet = False,
@@ -97,8 +95,7 @@ def profile(
         from ..apps.profile import profile as measure
 
         asked = prompt_ids(engine.tokenizer, text, prompt)
-        with _recording(engine, trace):
-            report = measure(engine, asked, params, console.progress)
+        report = measure(engine, asked, params, console.progress, trace)
         console.clear()
         found = report.to_dict()
         if html is not None:
@@ -114,14 +111,6 @@ def profile(
         for warning in report.warnings:
             console.warn(warning)
         console.note(report.summary())
-
-
-def _recording(engine: Engine, trace: Path | None) -> AbstractContextManager[None]:
-    if trace is None:
-        return nullcontext()
-    from ..apps.recording import recording
-
-    return recording(engine, trace)
 
 
 def evaluate(
