@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from bundle_sources import hashes
 from test_calibrate import TEXT, give_another_tokenizer, make
 from tiny_models import make as make_tiny
 
@@ -94,9 +95,10 @@ def test_thin_spots_are_those_below_what_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_of_a_gated_model_it_is_told_whether_a_way_pays(genai: Genai, quick: Callable, tmp_path: Path, pays: bool):
+def test_of_a_gated_model_it_is_told_whether_a_way_pays(
+    genai: Genai, quick: Callable[[float], None], bundles: dict[str, Path], tmp_path: Path, pays: bool
+) -> None:
     quick(1e-12 if pays else 100.0)
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("silu/*")}
     code, out, err = genai("silu", "--max-ppl-increase", "50%")
     assert (code, err) == (0, "")
     assert out.startswith("What skipping neurons would cost and save\nneurons by  kept  perplexity")
@@ -104,11 +106,20 @@ def test_of_a_gated_model_it_is_told_whether_a_way_pays(genai: Genai, quick: Cal
     assert "Thresholds from 2,048 tokens; perplexity of 512 that follow" in out
     assert ("would take 0 ms within +50%. Runs do not do this yet" in out) == pays
     assert ("no way within +50% is faster: none pays, stream it plainly." in out) == (not pays)
-    assert not before or before == {path.name: path.read_bytes() for path in tmp_path.glob("silu/*")}
+    assert hashes(tmp_path / "silu") == hashes(bundles["silu"]), "nothing is written"
     code, out, _ = genai("silu", "--json", "--tokens", "3000")
     found = json.loads(out)
     assert code == 0 and found["tokens"] == 3000 and found["max_increase"] == 0.01
     assert bool(found["best"]) == pays and {way["kind"] for way in found["ways"]} == set(gated.KINDS)
+
+
+def test_a_relu_model_is_held_to_the_perplexity_asked_for(genai: Genai, monkeypatch: pytest.MonkeyPatch) -> None:
+    costly = {"perplexity": 1.5, "dense_perplexity": 1.0, "top1_agreement": 0.5}
+    monkeypatch.setattr(app, "quality", lambda *_: costly)
+    code, out, err = genai("relu", "--tokens", "1000", "--max-ppl-increase", "40%")
+    assert (code, out) == (1, "") and "Perplexity rises by 50.00%" in err and "40.00% is the most asked for" in err
+    code, out, _ = genai("relu", "--tokens", "1000", "--max-ppl-increase", "60%")
+    assert code == 0 and "Perplexity 1.500, dense 1.000 (+50.00%)" in out
 
 
 def test_of_a_mixture_of_experts_it_is_told_what_guesses(genai: Genai, tmp_path: Path) -> None:

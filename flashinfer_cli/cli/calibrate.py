@@ -75,7 +75,7 @@ def calibrate(
         option(
             PROMPT,
             "--max-ppl-increase SHARE",
-            "Of a gated model without zeros (SiLU, GELU): what skipping small neurons may cost.",
+            "What skipping neurons may cost: silent ones of a ReLU model, small ones of a gated one (SiLU, GELU).",
             show_default=MOST,
         ),
     ] = None,
@@ -133,7 +133,9 @@ def calibrate(
         studied = study(bundle, given, run, tokens=tokens, max_increase=most, progress=console.progress)
         answer, shown = studied.to_dict(), study_table(studied)
     else:
-        found = learn(bundle, given, run, tokens=tokens, recall=asked, like=like, progress=console.progress)
+        found = learn(
+            bundle, given, run, tokens=tokens, recall=asked, like=like, max_increase=most, progress=console.progress
+        )
         answer = asdict(found) | {
             "recall_asked": asked,
             "thin": thin(found, asked),
