@@ -19,7 +19,7 @@ import torch
 
 from flashinfer_cli.apps.calibrate import gate_rows
 from flashinfer_cli.apps.layerwise import layer_by_layer
-from flashinfer_cli.bundles.sparsity import read_sparsity
+from flashinfer_cli.bundles.sparsity import PREDICTORS_FILE, read_sparsity
 from flashinfer_cli.cache.window import deal, make_policy
 from flashinfer_cli.cli.console import Console
 from flashinfer_cli.cli.tables import Table
@@ -53,7 +53,7 @@ def layers_of(bundle: Path, ids: list[int], memory: str | None) -> Iterator[tupl
                 continue
             gate, bias = rows
             z = inputs @ gate.T if bias is None else inputs @ gate.T + bias
-            predictor = load_predictors(bundle, [index], engine.kernels, engine.device)[index]
+            predictor = load_predictors(bundle / PREDICTORS_FILE, [index], engine.kernels, engine.device)[index]
             assert isinstance(predictor, LowRankPredictor)
             named = predictor.scores(inputs) > 0
             yield index, (ACTIVATIONS[engine.config.hidden_act](z) != 0).numpy(), named.numpy()

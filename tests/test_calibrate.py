@@ -43,6 +43,14 @@ def make(folder: Path, act: str, shape: Shape | None = None) -> Path:
     return fc.bundle(folder / "m", folder / "b")
 
 
+def give_another_tokenizer(bundle: Path) -> None:
+    """That of a larger model."""
+    shutil.copy(zoo.path_of("stories-relu") / "tokenizer.json", bundle)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["files"].pop("tokenizer.json")
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("relu"), "relu")
@@ -119,10 +127,7 @@ def test_what_it_refuses(copy, tmp_path):
         app.read_text(tmp_path / "t")
     with pytest.raises(UsageError, match="Cannot read"):
         app.read_text(tmp_path / "none")
-    shutil.copy(zoo.path_of("stories-relu") / "tokenizer.json", copy)
-    manifest = json.loads((copy / "bundle.json").read_text())
-    manifest["files"].pop("tokenizer.json")
-    (copy / "bundle.json").write_text(json.dumps(manifest))
+    give_another_tokenizer(copy)
     with pytest.raises(TokenizerError, match="another model's"):
         app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)
     assert not (copy / SPARSITY_FILE).exists()

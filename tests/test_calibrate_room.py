@@ -22,23 +22,17 @@ from flashinfer_cli.bundles.sparsity import ORDER_FILE
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.training.shape import Shape
 
-TOKENS = 9_000
-
 # In a process of its own: what others left in this one's heap would hide what is taken. It is refused twice, since
 # what a first call imports and opens is not given back.
 CHILD = """
 import json, sys
 from pathlib import Path
 from flashinfer_cli import device
-from flashinfer_cli.apps import calibrate as app, predictors
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BudgetError
 
 bundle, tokens, text = Path(sys.argv[1]), int(sys.argv[2]), sys.stdin.read()
-predictors.GOOD_ENOUGH, predictors.EPOCHS = 0, 1  # every layer is trained, which takes most
-
-def calibrate(memory):
-    return app.calibrate(bundle, text, RunConfig(memory=memory, threads=1), tokens=tokens, evaluate_tokens=20)
+LEARN
 
 def written():
     return sorted(str(path) for path in bundle.parent.rglob("*"))
@@ -46,24 +40,48 @@ def written():
 before, least = written(), 0
 for _ in range(2):
     try:
-        calibrate(max(1 << 20, 3 * least // 4))
+        learn(RunConfig(memory=max(1 << 20, 3 * least // 4), threads=1))
     except BudgetError as error:
         least, says = error.least, [str(error), error.hint]
 same, process = written() == before, device.resident_bytes()
-layers = len(calibrate(least + (8 << 20)).layers)
+found = learn(RunConfig(memory=least + (8 << 20), threads=1))
 peak = device.peak_bytes()
-print(json.dumps(dict(least=least, says=says, same=same, process=process, layers=layers, peak=peak)))
+print(json.dumps(dict(least=least, says=says, same=same, process=process, found=found, peak=peak)))
 """
+NEURONS = """
+from flashinfer_cli.apps import calibrate as app, predictors
+predictors.GOOD_ENOUGH, predictors.EPOCHS = 0, 1  # every layer is trained, which takes most
+def learn(run):
+    return len(app.calibrate(bundle, text, run, tokens=tokens, evaluate_tokens=20).layers)
+"""
+GATED = """
+from functools import partial
+from flashinfer_cli.apps import gated
+gated.DENSITIES, gated.measure = (0.5,), partial(gated.measure, seconds=0.05)
+def learn(run):
+    return len(gated.study(bundle, text, run, tokens=tokens, test_tokens=128).ways)
+"""
+EXPERTS = """
+from flashinfer_cli.apps.ahead import calibrate_ahead
+def learn(run):
+    return len(calibrate_ahead(bundle, text, run, tokens=tokens).pairs)
+"""
+# Shapes in which most of it is what is learned, so that half of the estimate would not do; tokens; how much is found.
+KINDS: dict[str, tuple[str, str, dict[str, int], int, int]] = {
+    "neurons": (NEURONS, "relu", {"intermediate_size": 8192, "num_hidden_layers": 1}, 9_000, 1),
+    "gated": (GATED, "silu", {"intermediate_size": 8192, "num_hidden_layers": 1}, 6_000, 5),
+    "experts": (EXPERTS, "silu", {"hidden_size": 640, "moe_intermediate_size": 32, "num_hidden_layers": 4,
+                                  "num_experts": 4}, 8_000, 12),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux'")
-def test_a_calibration_stays_within_what_it_says_it_takes(tmp_path: Path) -> None:
-    """Of a shape in which most of it is what is learned of a layer, so that half of the estimate would not do."""
-    shape = Shape(
-        vocab_size=300, hidden_size=64, intermediate_size=8192, num_hidden_layers=1, num_attention_heads=4,
-    )  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_calibration_stays_within_what_it_says_it_takes(tmp_path: Path, kind: str) -> None:
+    learn, act, sizes, tokens, count = KINDS[kind]
+    shape = Shape(vocab_size=300, num_attention_heads=4, **({"hidden_size": 64} | sizes))
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, make(tmp_path, "relu", shape), str(TOKENS)],
+        [sys.executable, "-c", CHILD.replace("LEARN", learn), make(tmp_path, act, shape), str(tokens)],
         input=" ".join([TEXT] * 8),
         capture_output=True,
         text=True,
@@ -73,11 +91,11 @@ def test_a_calibration_stays_within_what_it_says_it_takes(tmp_path: Path) -> Non
     found = json.loads(done.stdout)
     least, peak, process = found["least"], found["peak"], found["process"]
     message, hint = found["says"]
-    assert f"too small to calibrate on {TOKENS:,} tokens" in message
+    assert f"too small to calibrate on {tokens:,} tokens" in message
     assert f"--memory {-(-least // (1 << 20))}MiB" in hint
     assert found["same"], "a refusal writes nothing"
     print(f"{peak - process:,} of {least - process:,} bytes")
-    assert found["layers"] == 1 and peak <= least
+    assert found["found"] == count and peak <= least
     assert peak - process > (least - process) / 3, "the estimate asks for far more than is taken"
 
 

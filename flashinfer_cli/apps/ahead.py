@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .. import device
 from ..bundles.publish import writer_lock
 from ..config import RunConfig
 from ..engine import Engine
@@ -25,7 +26,10 @@ from ..models.build_experts import LOOKAHEADS
 from ..models.open import OpenModel, open_model
 from .calibrate import HELD_SHARE, LEAST_TOKENS
 from .layerwise import layer_by_layer
+from .predictors import BATCH
 from .quality import SEQUENCE, Progress
+from .room import Passing, refuse_below
+from .text import ids_of
 
 RIDGE = 1e-3  # of the mean square of an input, added to every one of them
 DISCOUNT = 0.7  # of a use for every token that it is further off
@@ -48,35 +52,50 @@ def has_experts(bundle: str | Path) -> bool:
 def calibrate_ahead(
     bundle: str | Path, text: str, run: RunConfig, *, tokens: int, progress: Progress | None = None
 ) -> Ahead:
-    """Write probes into a bundle; returns what they and the routers find. Raises UsageError for too little text."""
+    """Write probes into a bundle; returns what they and the routers find. Raises UsageError for too little text,
+    BudgetError."""
     opened = open_model(bundle)
     if opened.checkpoint.kind != "bundle":
         raise UsageError(
             f"{opened.name} is no bundle.", "Make one first: genai-run bundle MODEL OUT, then calibrate OUT."
         )
-    ids = opened.tokenizer.encode(text)[:tokens]
-    if len(ids) < LEAST_TOKENS:
-        raise UsageError(f"The text is {len(ids):,} tokens; calibration needs {LEAST_TOKENS:,} at least.")
+    ids = ids_of(opened, text, LEAST_TOKENS)[:tokens]
     path = opened.checkpoint.path
     with writer_lock(path):
-        found, maps = _layers(opened, ids, run, progress)
+        settled = replace(run, context=SEQUENCE, prefill_chunk=SEQUENCE, prefetch_experts="off")
+        found, maps = _layers(opened, ids, _within(opened, settled, len(ids)), progress)
         write_ahead(path, maps, found, len(ids))
     return Ahead(len(ids), tuple(found))
+
+
+def _within(opened: OpenModel, run: RunConfig, tokens: int) -> RunConfig:
+    """The run with the memory that learning leaves its engine: what that has beside a layer keeps experts, which every
+    window of the text asks for. Raises BudgetError where it is too little."""
+    passing, config = Passing.through(opened, run), opened.config
+    assert config.moe is not None
+    d, choices = config.hidden_size, config.moe.num_experts + config.moe.num_noop_experts
+    states = 4 * d * tokens * (3 + max(LOOKAHEADS))  # now, an FFN's inputs, some of them, those before
+    fitting = 8 * 3 * d * d + 8 * 3 * BATCH * d + 4 * 5 * tokens * choices
+    maps = config.num_hidden_layers * (1 + len(LOOKAHEADS)) * 8 * choices * (d + 1)  # and in halves, and as a file
+    beside = passing.beside + states + fitting + maps
+    least = max(device.resident_bytes() + passing.engine, device.peak_bytes()) + beside
+    refuse_below(least, tokens, run, fewer=tokens > LEAST_TOKENS)
+    return replace(run, memory=device.budget_bytes(run.memory) - beside)
 
 
 def _layers(
     opened: OpenModel, ids: list[int], run: RunConfig, progress: Progress | None
 ) -> tuple[list[Recall], dict[Pair, Fitted]]:
     parts = [ids[i : i + SEQUENCE] for i in range(0, len(ids), SEQUENCE)]
-    settled = replace(run, context=SEQUENCE, prefill_chunk=SEQUENCE, prefetch_experts="off")
     found: list[Recall] = []
     maps: dict[Pair, Fitted] = {}
     seen: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # layer -> FFN inputs [N, d], norm's weight
-    with Engine(opened, settled) as engine, torch.inference_mode():
+    with Engine(opened, run) as engine, torch.inference_mode():
         guess = engine.decoder.first_guess
         if guess is not None:
             states = engine.decoder.embedding(torch.tensor(ids), engine.decoder.rt) * engine.config.embedding_scale
             seen[-1] = guess.norm(states), guess.norm.weight
+            del states
         for index, block, inputs, _ in layer_by_layer(engine, parts, lambda index, block: None, progress):
             if isinstance(block.ffn, MoeFfn):
                 norm_weight = block.ffn_norm.weight if block.ffn_norm is not None else None
@@ -90,8 +109,8 @@ def _layers(
                     found.append(recall)
                     if recall.better:
                         maps[index, index] = fitted
+                seen = {layer: kept for layer, kept in seen.items() if layer > index - max(LOOKAHEADS)}
                 seen[index] = inputs.clone(), norm_weight
-            seen = {layer: kept for layer, kept in seen.items() if layer > index - max(LOOKAHEADS)}
     return found, maps
 
 
@@ -108,11 +127,11 @@ def _pair(
     logits = F.linear(inputs, ffn.router, ffn.router_bias)
     held = int(HELD_SHARE * len(x))
     weight, bias = _ridge(x[:-held], logits[:-held])
-    scaled = x if now is None or then is None else x * rescale(now, then)
+    scaled = x[-held:] if now is None or then is None else x[-held:] * rescale(now, then)
     chosen = route(logits[-held:], ffn.moe)[1]
     found = Recall(
         source, layer,
-        router=_recall(F.linear(scaled[-held:], ffn.router, ffn.router_bias), chosen),
+        router=_recall(F.linear(scaled, ffn.router, ffn.router_bias), chosen),
         probe=_recall(F.linear(x[-held:], weight.half().float(), bias.half().float()), chosen),
         chance=ffn.moe.num_experts_per_tok / logits.shape[-1],
     )  # fmt: skip
@@ -158,10 +177,12 @@ def _recall(guess: torch.Tensor, chosen: torch.Tensor) -> float:
 
 def _ridge(x: torch.Tensor, y: torch.Tensor) -> Fitted:
     """Least squares of y [N, E] on x [N, d] with a bias, in float64."""
-    x, y = x.double(), y.double()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    x, y = x - mean_x, y - mean_y
-    square = x.T @ x
+    mean_x, mean_y = (sum(part.double().sum(0) for part in each.split(BATCH)) / len(each) for each in (x, y))
+    square, cross = (torch.zeros(x.shape[1], each.shape[1], dtype=torch.float64) for each in (x, y))
+    for rows, targets in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        rows = rows.double() - mean_x
+        square.addmm_(rows.T, rows)
+        cross.addmm_(rows.T, targets.double() - mean_y)
     square.diagonal().add_(RIDGE * square.diagonal().mean())
-    weight = torch.linalg.solve(square, x.T @ y).T
+    weight = torch.linalg.solve(square, cross).T
     return weight.float(), (mean_y - weight @ mean_x).float()

@@ -27,9 +27,9 @@ from ..bundles.sparsity import (
     manifest_digest,
     read_sparsity,
 )
-from ..config import MiB, RunConfig, format_size
+from ..config import MiB, RunConfig
 from ..engine import Engine
-from ..errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
+from ..errors import BundleError, UnsupportedModelError, UsageError
 from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import RecordFfn
 from ..models.decoder import Block
@@ -40,6 +40,8 @@ from .partial import STAGES, Partial
 from .paying import missed
 from .predictors import BATCH, RANKS, cheapest, fit, judged, new_in_window, packed, unpacked
 from .quality import SEQUENCE, Demands, Progress, least_to_measure, quality
+from .room import refuse_below
+from .text import ids_of
 
 TOKENS = 10_000
 LEAST_TOKENS = 1_000
@@ -74,18 +76,7 @@ def calibrate(
     _check(opened)
     if evaluate_tokens < 2:
         raise UsageError(f"{evaluate_tokens} tokens held out cannot be predicted; two can.")
-    ids = opened.tokenizer.encode(text)
-    if len(ids) < LEAST_TOKENS + evaluate_tokens:
-        raise UsageError(
-            f"The text is {len(ids):,} tokens; calibration needs {LEAST_TOKENS + evaluate_tokens:,} at least.",
-            "Give a longer text with --text.",
-        )
-    if max(ids) >= opened.config.vocab_size:
-        raise TokenizerError(
-            f"The tokenizer of {opened.name} makes ids up to {max(ids):,}, and the model knows "
-            f"{opened.config.vocab_size:,}: it is another model's.",
-            "Make the bundle again from the whole folder of the model.",
-        )
+    ids = ids_of(opened, text, LEAST_TOKENS + evaluate_tokens)
     ids, test = ids[:-evaluate_tokens][:tokens], ids[-evaluate_tokens:]
     path = opened.checkpoint.path
     with writer_lock(path):
@@ -132,9 +123,12 @@ def _check(opened: OpenModel) -> None:
             f"{opened.name} is no bundle.", "Make one first: genai-run bundle MODEL OUT, then calibrate OUT."
         )
     if opened.config.hidden_act not in SPARSE_ACTS:
+        studied = opened.config.gated and opened.config.mod is None
         raise UnsupportedModelError(
             f"The activation '{opened.config.hidden_act}' leaves no neuron at zero, so there is nothing to predict.",
-            "apps.gated.study measures what skipping small ones would bring; plain streaming needs no calibration.",
+            "genai-run calibrate measures what skipping small ones would cost and save."
+            if studied
+            else "What skipping small ones would cost is measured of dense models with a gate only; run it as it is.",
         )
     if opened.config.mod is not None or not getattr(opened.checkpoint, "records", {}):
         raise UnsupportedModelError("The bundle has no dense layers of neuron records.")
@@ -155,15 +149,7 @@ def _check_room(opened: OpenModel, tokens: int, test_tokens: int, run: RunConfig
     to_learn = device.resident_bytes() + states + max(layer, learning) + 96 * MiB
     to_measure = least_to_measure(opened, records, run) + predictors + Demands.nbytes(len(records), ff, test_tokens)
     least = max(to_learn, to_measure + 24 * MiB)
-    budget = device.budget_bytes(run.memory)
-    if budget < least:
-        fewer = ", or fewer --tokens" if to_learn == least and tokens > LIKE_TOKENS else ""
-        raise BudgetError(
-            f"The memory budget of {format_size(budget)} is too small to calibrate on {tokens:,} tokens: "
-            f"that takes about {format_size(least)}.",
-            f"Give --memory {-(-least // MiB)}MiB or more{fewer}.",
-            least=least,
-        )
+    refuse_below(least, tokens, run, fewer=to_learn == least and tokens > LIKE_TOKENS)
 
 
 def _taken(opened: OpenModel, like: Path) -> tuple[dict[str, torch.Tensor], int]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..cache.kv import KVCache
 from ..engine import Engine
 from ..models.decoder import Block
 from .quality import Progress
@@ -26,10 +27,11 @@ def layer_by_layer(
     same memory for every layer: copy what is to stay.
     """
     decoder, rt, config = engine.decoder, engine.decoder.rt, engine.config
-    kv = engine.new_cache(max(len(part) for part in parts))
-    for kept in (kv.keys, kv.values):  # no layer looks back at another's: all stand in the same memory
-        kept[:] = kept[:1] * len(kept)
+    kv = one_layers_cache(engine, max(len(part) for part in parts))
     states = [decoder.embedding(torch.tensor(part), rt) * config.embedding_scale for part in parts]
+    if decoder.project_in is not None:  # of embeddings that are narrower than the model
+        with rt.feed.hold(decoder.project_in.slices):
+            states = [decoder.project_in(x, rt) for x in states]
     if decoder.positions is not None:
         first = config.position_offset
         states = [x + decoder.positions[first : first + len(x)] for x in states]
@@ -46,6 +48,14 @@ def layer_by_layer(
             seen = held(index, block)
         yield index, block, inputs, seen
         del seen
+
+
+def one_layers_cache(engine: Engine, tokens: int) -> KVCache:
+    """Keys and values of one layer, whichever runs: none looks back at another's, so all stand in the same memory."""
+    kv = engine.new_cache(tokens)
+    for kept in (kv.keys, kv.values):
+        kept[:] = kept[:1] * len(kept)
+    return kv
 
 
 def _noting(block: Block, inputs: torch.Tensor) -> Block:

@@ -24,7 +24,7 @@ from ..engine import Engine
 from ..errors import UnsupportedModelError
 from ..kernels.activations import ACTIVATIONS
 from ..layers.ffn import DenseFfn, RecordFfn
-from .predictors import Whitened
+from .predictors import OVERSAMPLE, Whitened
 
 KINDS = ("product", "shadow", "low-rank", "gate", "static")
 MEMORY = (0.5, 0.25)  # of the FFN weights
@@ -72,7 +72,7 @@ class StudiedLayer:
         if fmt is None:
             raise UnsupportedModelError(f"Rows of {d} elements cannot become int4.")
         self.shadow = [
-            engine.kernels.dequantize(torch.from_numpy(quantize(m.numpy(), fmt, "nearest")), fmt, d).clone()
+            engine.kernels.dequantize(torch.from_numpy(quantize(m.numpy(), fmt, "nearest")), fmt, d)
             for m in (self.gate, self.up)
         ]
         shadow = 2 * format_bytes(fmt, d) / self.neuron_bytes
@@ -86,6 +86,17 @@ class StudiedLayer:
         self.worth = torch.zeros(self.count)  # sum of the product over tokens
         self.bounds: dict[tuple[str, float], float | torch.Tensor] = {}
         self.kept: list[np.ndarray] = []  # bool [T, d_ff] a window, of the way that runs
+
+    @staticmethod
+    def nbytes(d: int, count: int, tokens: int, window: int, test_tokens: int) -> int:
+        """What a layer of `count` neurons takes at most: five matrices and the maps, and the largest of what makes a
+        shadow, what thresholds are set on, and what a window of tokens becomes."""
+        rank, learned = max(1, d // LOW_RANK), tokens - int(TAUGHT * tokens)
+        whitened = 32 * d * d + 8 * (d + count) * (rank + OVERSAMPLE)
+        settling = 4 * d * tokens + max(whitened, 4 * 6 * learned * count)
+        passing = 4 * 6 * window * count + 2 * test_tokens * count
+        largest = max(5 * d * count, 4 * d * tokens + max(settling, passing))
+        return 5 * 4 * d * count + 8 * rank * (d + count) + largest
 
     def _hidden(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._biased(x @ gate.T, x @ up.T)
@@ -120,6 +131,7 @@ class StudiedLayer:
     def settle(self, ways: list[Way]) -> None:
         """Set thresholds, and the static set, on what was seen."""
         x = torch.cat(self.seen)
+        self.seen.clear()
         taught = int(TAUGHT * len(x))
         if any(way.kind == "low-rank" for way in ways):
             self.maps = [Whitened(x[:taught], m, self.rank).of_rank(self.rank) for m in (self.gate, self.up)]
@@ -135,7 +147,6 @@ class StudiedLayer:
                     place = min(len(flat) - 1, int((1 - way.density) * len(flat)))
                     bound = float(np.partition(flat, place)[place])
                     self.bounds[kind, way.density] = scores >= bound if kind == "static" else bound
-        self.seen.clear()
 
     def skipping(self, way: Way) -> Callable[[torch.Tensor, Any], torch.Tensor]:
         """The layer without the neurons that the way says do not matter; they are counted by `account`."""
@@ -177,22 +188,23 @@ class StudiedLayer:
 def _matrices(ffn: DenseFfn | RecordFfn, engine: Engine) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """(gate, up, down by neuron) float32 [d_ff, d] and the bytes of a neuron as it is stored."""
     d, feed, kernels = engine.config.hidden_size, engine.decoder.rt.feed, engine.kernels
+    count = sum(part.rows for part in (ffn.parts if isinstance(ffn, RecordFfn) else ffn.up.parts))
+    gate, up, down = (torch.empty(count, d) for _ in range(3))
     if isinstance(ffn, RecordFfn):
-        width, rows = format_bytes(ffn.format, d), []
+        width = format_bytes(ffn.format, d)
         for part in ffn.parts:
             with feed.use(part.slice) as data:
                 records = data.view(part.rows, -1)
-                cut = [records[:, i * width : (i + 1) * width].contiguous() for i in range(3)]
-                rows.append([kernels.dequantize(each, ffn.format, d).clone() for each in cut])
-        gate, up, down = (torch.cat(parts) for parts in zip(*rows, strict=True))
+                for i, whole in enumerate((gate, up, down)):
+                    rows = records[:, i * width : (i + 1) * width].contiguous()
+                    whole[part.start : part.start + part.rows] = kernels.dequantize(rows, ffn.format, d)
         return gate, up, down, 3 * width
-    found, stored = [], 0
+    stored = 0
     assert ffn.gate is not None
-    for linear in (ffn.gate, ffn.up, ffn.down):
-        pieces = []
+    for linear, whole in ((ffn.gate, gate), (ffn.up, up), (ffn.down, down.T)):
         for part in linear.parts:
             with feed.use(part.slice) as data:
                 stored += data.numel()
-                pieces.append(kernels.dequantize(data.view(part.rows, -1), linear.format, linear.cols).clone())
-        found.append(torch.cat(pieces))
-    return found[0], found[1], found[2].T.contiguous(), stored // len(found[0])
+                rows = kernels.dequantize(data.view(part.rows, -1), linear.format, linear.cols)
+                whole[part.start : part.start + part.rows] = rows
+    return gate, up, down, stored // count

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .. import zoo
 from ..config import RunConfig, format_size
+from ..errors import UsageError
 from .console import Console
 from .options import PROMPT, Json, Quiet, option
 from .running import as_json, parse_share
@@ -17,7 +18,16 @@ from .tables import Table
 
 MEMORY = (0.5, 0.25)  # of the FFN weights; as apps.ways has them
 HEADS = ("read", "time")
-STUDY_TOKENS = 2_048  # thresholds need no more
+TOKENS, STUDY_TOKENS = 10_000, 2_048  # thresholds of a study need no more
+RECALL, MOST = 0.98, "1%"
+MORE_MISSED = 1.5  # times as much as was allowed: a thin spot
+OVER = 3.0  # times what fires: so much named is worth a word
+Kind = Literal["neurons", "gated", "experts"]
+MODELS: dict[Kind, str] = {
+    "neurons": "models whose activation is ReLU or its square",
+    "gated": "gated models without zeros",
+    "experts": "mixtures of experts",
+}
 
 if TYPE_CHECKING:
     from ..apps.ahead import Ahead
@@ -26,34 +36,49 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle of a ReLU or MoE model.")],
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle of a ReLU, gated or MoE model.")],
     text: Annotated[
         Path | None,
         option(PROMPT, "--text FILE", "Text to learn from.", show_default="the stories that come along"),
     ] = None,
-    tokens: Annotated[int, option(PROMPT, "--tokens N", "How much of the text.", min=1000)] = 10_000,
-    recall: Annotated[
-        float,
+    tokens: Annotated[
+        int | None,
         option(
-            PROMPT, "--recall P", "Share of the neurons that fire which each predictor must name.", min=0.5, max=0.9999
+            PROMPT,
+            "--tokens N",
+            "How much of the text.",
+            min=1000,
+            show_default=f"{TOKENS}, of a gated model without zeros {STUDY_TOKENS}",
         ),
-    ] = 0.98,
+    ] = None,
+    recall: Annotated[
+        float | None,
+        option(
+            PROMPT,
+            "--recall P",
+            "Of a ReLU model: share of the neurons that fire which each predictor must name.",
+            min=0.5,
+            max=0.9999,
+            show_default=str(RECALL),
+        ),
+    ] = None,
     like: Annotated[
         Path | None,
         option(
             PROMPT,
             "--like BUNDLE",
-            "Take the predictors of a calibrated bundle of the same model; set only their thresholds.",
+            "Of a ReLU model: take the predictors of another bundle of it, calibrated; set only their thresholds.",
         ),
     ] = None,
     max_ppl_increase: Annotated[
-        str,
+        str | None,
         option(
             PROMPT,
             "--max-ppl-increase SHARE",
-            "Of a model without zeros (SiLU, GELU): what skipping small neurons may cost.",
+            "What skipping neurons may cost: silent ones of a ReLU model, small ones of a gated one (SiLU, GELU).",
+            show_default=MOST,
         ),
-    ] = "1%",
+    ] = None,
     memory: Annotated[
         str | None,
         option(None, "--memory SIZE", "Bound on the memory of the whole process.", show_default="auto"),
@@ -72,6 +97,9 @@ def calibrate(
 
     Of a gated model with another activation it is measured what skipping small neurons would cost and save, several
     ways, and whether any of them pays; nothing is written.
+
+    Models with another activation and no gate (GELU in phi and falcon), and dense ones whose blocks tokens may skip,
+    are refused: of them nothing is measured.
     """
     console = Console(quiet)
     from ..apps.ahead import calibrate_ahead, has_experts
@@ -79,38 +107,46 @@ def calibrate(
     from ..apps.calibrate import read_text
     from ..apps.gated import applies, study
 
+    kind: Kind = "experts" if has_experts(bundle) else "gated" if applies(bundle) else "neurons"
+    applies_to: tuple[tuple[str, object, tuple[Kind, ...]], ...] = (
+        ("--recall", recall, ("neurons",)),
+        ("--like", like, ("neurons",)),
+        ("--max-ppl-increase", max_ppl_increase, ("neurons", "gated")),
+    )
+    for name, value, kinds in applies_to:
+        if value is not None and kind not in kinds:
+            raise UsageError(
+                f"{name} does not apply to {MODELS[kind]}.", f"Leave it out: it is for {MODELS[kinds[-1]]}."
+            )
+    most = parse_share(MOST if max_ppl_increase is None else max_ppl_increase, "--max-ppl-increase")
+    asked = RECALL if recall is None else recall
     given = read_text(text if text is not None else zoo.HELD_OUT)
-    most = parse_share(max_ppl_increase, "--max-ppl-increase")
-    if has_experts(bundle):
-        ahead = calibrate_ahead(
-            bundle, given, replace(RunConfig(), memory=memory), tokens=tokens, progress=console.progress
+    run = replace(RunConfig(), memory=memory)
+    if tokens is None:
+        tokens = STUDY_TOKENS if kind == "gated" else TOKENS
+    answer: dict[str, Any]
+    if kind == "experts":
+        ahead = calibrate_ahead(bundle, given, run, tokens=tokens, progress=console.progress)
+        answer = {"tokens": ahead.tokens, "pairs": [asdict(pair) for pair in ahead.pairs]}
+        shown = ahead_table(ahead)
+    elif kind == "gated":
+        studied = study(bundle, given, run, tokens=tokens, max_increase=most, progress=console.progress)
+        answer, shown = studied.to_dict(), study_table(studied)
+    else:
+        found = learn(
+            bundle, given, run, tokens=tokens, recall=asked, like=like, max_increase=most, progress=console.progress
         )
-        console.clear()
-        if json:
-            console.answer(as_json({"tokens": ahead.tokens, "pairs": [asdict(pair) for pair in ahead.pairs]}))
-        else:
-            console.show([ahead_table(ahead)])
-        return
-    if applies(bundle):
-        studied = study(
-            bundle, given, replace(RunConfig(), memory=memory), tokens=min(tokens, STUDY_TOKENS), max_increase=most,
-            progress=console.progress,
-        )  # fmt: skip
-        console.clear()
-        if json:
-            console.answer(as_json(studied.to_dict()))
-        else:
-            console.show([study_table(studied)])
-        return
-    found = learn(
-        bundle, given, replace(RunConfig(), memory=memory), tokens=tokens, recall=recall, like=like,
-        progress=console.progress,
-    )  # fmt: skip
+        answer = asdict(found) | {
+            "recall_asked": asked,
+            "thin": thin(found, asked),
+            "over_predicted": over_predicted(found),
+        }
+        shown = table(found, asked)
     console.clear()
     if json:
-        console.answer(as_json(asdict(found)))
+        console.answer(as_json(answer))
     else:
-        console.show([table(found)])
+        console.show([shown])
 
 
 def ahead_table(found: Ahead) -> Table:
@@ -130,15 +166,25 @@ def ahead_table(found: Ahead) -> Table:
     return Table(f"Guesses of experts, learned from {found.tokens:,} tokens", columns, rows, notes)
 
 
-def table(found: Sparsity) -> Table:
+def thin(found: Sparsity, recall: float) -> list[int]:
+    """Layers that miss much more than `recall` allows."""
+    return [layer.layer for layer in found.layers if 1 - layer.recall > MORE_MISSED * (1 - recall)]
+
+
+def over_predicted(found: Sparsity) -> list[int]:
+    """Layers whose predictor names many times what fires."""
+    return [layer.layer for layer in found.layers if layer.predicted > OVER * layer.density]
+
+
+def table(found: Sparsity, recall: float) -> Table:
     """A row a layer, and what the model pays."""
     rows: list[tuple[str, ...]] = []
     for layer in found.layers:
-        over = layer.predicted / layer.density if layer.density else 0.0
+        over = f"{layer.predicted / layer.density:.1f}x" if layer.density else "–"
         rows.append(
             (
                 str(layer.layer), f"{1 - layer.density:.1%}", f"{layer.recall:.1%}", f"{layer.precision:.1%}",
-                f"{layer.predicted:.1%}", f"{over:.1f}x", f"{layer.new.get('4', 0.0):.1%}", str(layer.rank),
+                f"{layer.predicted:.1%}", over, f"{layer.new.get('4', 0.0):.1%}", str(layer.rank),
                 format_size(layer.bytes),
             )
         )  # fmt: skip
@@ -147,9 +193,12 @@ def table(found: Sparsity) -> Table:
         f"Perplexity {quality['perplexity']:.3f}, dense {quality['dense_perplexity']:.3f} "
         f"({found.perplexity_increase:+.2%}); same first choice for {quality['top1_agreement']:.1%} of tokens."
     ]
-    thin = [str(layer.layer) for layer in found.layers if layer.recall < 0.95]
-    if thin:
-        notes.append(f"Thin spots, below 95% recall: layer {', '.join(thin)}.")
+    for what, layers in (
+        (f"Thin spots, well below the recall of {recall:.4g} asked for", thin(found, recall)),
+        (f"Over {OVER:.0f} times what fires is named", over_predicted(found)),
+    ):
+        if layers:
+            notes.append(f"{what}: layer {', '.join(map(str, layers))}.")
     columns = ("layer", "silent", "recall", "precision", "predicted", "over", "new in 4", "rank", "bytes")
     return Table(f"Calibrated on {found.tokens:,} tokens", columns, rows, tuple(notes))
 

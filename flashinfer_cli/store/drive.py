@@ -30,6 +30,9 @@ class DriveRate:
     mode: str
 
 
+MEASURED = BATCHES * 8 * (REQUEST_BYTES + 2 * ALIGN)  # bytes that `measure` takes
+
+
 def measure(path: Path, *, request_bytes: int = REQUEST_BYTES, depth: int = 8, seconds: float = 1.0) -> DriveRate:
     """Read random aligned pieces of a file for about `seconds`, always `depth` in flight, past the page cache."""
     size = path.stat().st_size
