@@ -15,12 +15,14 @@ from tiny_models import make as make_tiny
 
 import flashinfer_cli as fc
 from flashinfer_cli.apps import calibrate as app
-from flashinfer_cli.apps import gated
+from flashinfer_cli.apps import gated, paying
+from flashinfer_cli.apps.paying import Reading
 from flashinfer_cli.bundles.sparsity import SPARSITY_FILE, LayerSparsity, Sparsity
 from flashinfer_cli.cli.calibrate import over_predicted, table, thin
 from flashinfer_cli.cli.main import run
 from flashinfer_cli.errors import UnsupportedModelError
 from flashinfer_cli.models.ahead import AHEAD_FILE
+from flashinfer_cli.store.drive import DriveRate
 from flashinfer_cli.training.shape import Shape
 
 SMALL = {
@@ -70,14 +72,31 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return reads
 
 
-def test_of_a_relu_model_it_is_told_what_each_layer_does(genai: Genai, tmp_path: Path) -> None:
+@pytest.fixture
+def drive(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A drive of 1 GB/s that needs so many seconds for what one token misses of a layer."""
+
+    def reads(seconds: float) -> None:
+        monkeypatch.setattr(paying, "measure_records", lambda *_: seconds)
+
+    monkeypatch.setattr(paying, "measure", lambda *_, **__: DriveRate(1 << 20, 8, 1e9, "direct"))
+    reads(1.0)
+    return reads
+
+
+def test_of_a_relu_model_it_is_told_what_each_layer_does(
+    genai: Genai, drive: Callable[[float], None], tmp_path: Path
+) -> None:
     code, out, err = genai("relu", "--tokens", "1000")
     assert (code, err) == (0, "")
-    title, head, *rows, note = out.splitlines()
+    title, head, *rows, note, half, quarter = out.splitlines()
+    assert half.startswith("With 50% of the FFN in memory plain streaming reads 50% of it a token in 0.0492 ms, the ")
+    assert quarter.endswith(" in 2e+03 ms: it does not pay: run it with --exact.")
     assert title == "Calibrated on 1,000 tokens" and head.split()[:4] == ["layer", "silent", "recall", "precision"]
     assert [row.split()[0] for row in rows] == ["0", "1"] and note.startswith("Perplexity ")
     code, out, _ = genai("relu", "--tokens", "1000", "--recall", "0.8", "--like", str(tmp_path / "relu"), "--json")
     found = json.loads(out)
+    assert [reading["pays"] for reading in found["reading"]] == [False, False]
     assert code == 0 and found["recall_asked"] == 0.8 and found["thin"] == found["over_predicted"] == []
     assert all(0.7 < layer["recall"] < 0.9 for layer in found["layers"])
     assert found["quality"] == json.loads((tmp_path / "relu" / SPARSITY_FILE).read_text())["quality"]
@@ -89,9 +108,15 @@ def test_thin_spots_are_those_below_what_was_asked_for() -> None:
         [(0.9, 0.15), (0.98, 0.4), (0.975, 0.15)]))  # fmt: skip
     found = Sparsity("", 1000, layers, {"perplexity": 2.0, "dense_perplexity": 2.0, "top1_agreement": 1.0})
     assert thin(found, 0.98) == [0] and thin(found, 0.9) == [] and over_predicted(found) == [1]
-    notes = table(found, 0.98).notes
+    notes = table(found, 0.98, []).notes
     assert "recall of 0.98 asked for: layer 0." in notes[1] and "Over 3 times what fires is named: layer 1." in notes
-    assert len(table(found, 0.9).notes) == 2
+    assert len(table(found, 0.9, []).notes) == 2
+    reading = [Reading(0.5, 0.5, 0.1, 0.01, 0.02), Reading(0.25, 0.75, 0.1, 0.1, 0.2)]
+    pays, not_so = table(found, 0.9, reading).notes[-2:]
+    assert pays.endswith("reads 50% of it a token in 100 ms, the neurons named 1.00% in 20 ms: it pays.")
+    assert not_so.endswith(
+        "75% of it a token in 100 ms, the neurons named 10.00% in 200 ms: it does not pay: run it with --exact."
+    )
 
 
 @pytest.mark.parametrize("pays", [True, False])
@@ -113,7 +138,9 @@ def test_of_a_gated_model_it_is_told_whether_a_way_pays(
     assert bool(found["best"]) == pays and {way["kind"] for way in found["ways"]} == set(gated.KINDS)
 
 
-def test_a_relu_model_is_held_to_the_perplexity_asked_for(genai: Genai, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relu_model_is_held_to_the_perplexity_asked_for(
+    genai: Genai, drive: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     costly = {"perplexity": 1.5, "dense_perplexity": 1.0, "top1_agreement": 0.5}
     monkeypatch.setattr(app, "quality", lambda *_: costly)
     code, out, err = genai("relu", "--tokens", "1000", "--max-ppl-increase", "40%")

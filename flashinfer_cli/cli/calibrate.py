@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,6 +33,7 @@ MODELS: dict[Kind, str] = {
 if TYPE_CHECKING:
     from ..apps.ahead import Ahead
     from ..apps.gated import Study
+    from ..apps.paying import Reading
     from ..bundles.sparsity import Sparsity
 
 
@@ -106,6 +108,7 @@ def calibrate(
     from ..apps.calibrate import calibrate as learn
     from ..apps.calibrate import read_text
     from ..apps.gated import applies, study
+    from ..apps.paying import readings
 
     kind: Kind = "experts" if has_experts(bundle) else "gated" if applies(bundle) else "neurons"
     applies_to: tuple[tuple[str, object, tuple[Kind, ...]], ...] = (
@@ -136,12 +139,15 @@ def calibrate(
         found = learn(
             bundle, given, run, tokens=tokens, recall=asked, like=like, max_increase=most, progress=console.progress
         )
+        console.progress(0, 1, "measuring the drive")
+        reading = readings(bundle, found)
         answer = asdict(found) | {
+            "reading": [each.to_dict() for each in reading],
             "recall_asked": asked,
             "thin": thin(found, asked),
             "over_predicted": over_predicted(found),
         }
-        shown = table(found, asked)
+        shown = table(found, asked, reading)
     console.clear()
     if json:
         console.answer(as_json(answer))
@@ -176,8 +182,8 @@ def over_predicted(found: Sparsity) -> list[int]:
     return [layer.layer for layer in found.layers if layer.predicted > OVER * layer.density]
 
 
-def table(found: Sparsity, recall: float) -> Table:
-    """A row a layer, and what the model pays."""
+def table(found: Sparsity, recall: float, reading: Sequence[Reading]) -> Table:
+    """A row a layer, what the model pays, and whether that pays on this drive."""
     rows: list[tuple[str, ...]] = []
     for layer in found.layers:
         over = f"{layer.predicted / layer.density:.1f}x" if layer.density else "–"
@@ -199,6 +205,13 @@ def table(found: Sparsity, recall: float) -> Table:
     ):
         if layers:
             notes.append(f"{what}: layer {', '.join(map(str, layers))}.")
+    for each in reading:
+        verdict = "it pays" if each.pays else "it does not pay: run it with --exact"
+        notes.append(
+            f"With {each.memory:.0%} of the FFN in memory plain streaming reads {each.plain:.0%} of it a token in "
+            f"{1e3 * each.plain_seconds:.3g} ms, the neurons named {each.neurons:.2%} in "
+            f"{1e3 * each.neurons_seconds:.3g} ms: {verdict}."
+        )
     columns = ("layer", "silent", "recall", "precision", "predicted", "over", "new in 4", "rank", "bytes")
     return Table(f"Calibrated on {found.tokens:,} tokens", columns, rows, tuple(notes))
 
