@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from safetensors.torch import load_file
 from test_calibrate import TEXT, make
 
+import flashinfer_cli as fc
 from flashinfer_cli.apps.calibrate import calibrate
-from flashinfer_cli.apps.evaluate import windows
+from flashinfer_cli.apps.evaluate import log_probs, windows
 from flashinfer_cli.apps.quality import SEQUENCE, Demands
 from flashinfer_cli.bundles.order import chain
 from flashinfer_cli.bundles.sparsity import ORDER_FILE
@@ -75,20 +77,36 @@ KINDS: dict[str, tuple[str, str, dict[str, int], int, int]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """A process for each kind, all begun at once."""
+    started = {}
+    for kind, (learn, act, sizes, tokens, _) in KINDS.items():
+        shape = Shape(vocab_size=300, num_attention_heads=4, **({"hidden_size": 64} | sizes))
+        folder = tmp_path_factory.mktemp(kind)
+        (folder / "text").write_text(" ".join([TEXT] * 8))
+        (folder / "b").mkdir()
+        command = [sys.executable, "-c", CHILD.replace("LEARN", learn), make(folder / "b", act, shape), str(tokens)]
+        with (folder / "text").open() as text:
+            started[kind] = subprocess.Popen(
+                command, stdin=text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+            )  # fmt: skip
+    yield started
+    for child in started.values():
+        child.kill()
+        child.communicate()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux'")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_calibration_stays_within_what_it_says_it_takes(tmp_path: Path, kind: str) -> None:
-    learn, act, sizes, tokens, count = KINDS[kind]
-    shape = Shape(vocab_size=300, num_attention_heads=4, **({"hidden_size": 64} | sizes))
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD.replace("LEARN", learn), make(tmp_path, act, shape), str(tokens)],
-        input=" ".join([TEXT] * 8),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_a_calibration_stays_within_what_it_says_it_takes(
+    children: dict[str, subprocess.Popen[str]], kind: str
+) -> None:
+    tokens, count = KINDS[kind][3:]
+    out, errors = children[kind].communicate()
+    assert children[kind].returncode == 0, errors
+    found = json.loads(out)
     least, peak, process = found["least"], found["peak"], found["process"]
     message, hint = found["says"]
     assert f"too small to calibrate on {tokens:,} tokens" in message
@@ -138,3 +156,16 @@ def test_a_text_of_several_windows_is_measured(tmp_path: Path) -> None:
     assert found.quality["perplexity"] > 1
     order = load_file(tmp_path / "b" / ORDER_FILE)
     assert all(sorted(neurons.tolist()) == list(range(160)) for neurons in order.values())
+
+
+def test_what_passes_leave_in_the_heap_is_given_back_after_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would add up, to what nobody has planned."""
+    given = []
+    monkeypatch.setattr("flashinfer_cli.apps.evaluate.devices.release_free_memory", lambda: given.append(True))
+    with fc.load(make(tmp_path, "relu"), context=64) as engine:
+        given.clear()
+        for number, _ in enumerate(log_probs(engine, list(range(60)), chunk=16)):
+            assert len(given) == number
+    assert len(given) == 4
