@@ -20,9 +20,8 @@ from ..cache.window import Recent
 from ..models.open import open_model
 from ..store.drive import measure, measure_records
 from .quality import Demands
+from .ways import MEMORY, WARM
 
-MEMORY = (0.5, 0.25)  # of the FFN weights
-WARM = 64  # tokens whose misses do not count, where there are as many again: the slots still fill
 SAMPLES = 8  # layers whose reads are measured
 
 
@@ -50,7 +49,7 @@ def missed(demands: Demands, records: Mapping[int, RecordLayout], found: Sparsit
     for layer in found.layers:
         count, width = records[layer.layer].count, records[layer.layer].width_bytes
         tokens = demands.of(layer.layer)
-        warm = WARM if len(tokens) >= 2 * WARM else 0
+        warm = WARM if len(tokens) >= 2 * WARM else 0  # a short text has no others
         for memory in MEMORY:
             policy = Recent(count, max(0, int(memory * count) - layer.bytes // width))
             for number, ids in enumerate(tokens):
