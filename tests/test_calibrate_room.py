@@ -70,8 +70,8 @@ def learn(run):
 """
 # Shapes in which most of it is what is learned, so that half of the estimate would not do; tokens; how much is found.
 KINDS: dict[str, tuple[str, str, dict[str, int], int, int]] = {
-    "neurons": (NEURONS, "relu", {"intermediate_size": 8192, "num_hidden_layers": 1}, 9_000, 1),
-    "gated": (GATED, "silu", {"intermediate_size": 8192, "num_hidden_layers": 1}, 6_000, 5),
+    "neurons": (NEURONS, "relu", {"intermediate_size": 8192, "num_hidden_layers": 1}, 7_000, 1),
+    "gated": (GATED, "silu", {"intermediate_size": 8192, "num_hidden_layers": 1}, 4_000, 5),
     "experts": (EXPERTS, "silu", {"hidden_size": 640, "moe_intermediate_size": 32, "num_hidden_layers": 4,
                                   "num_experts": 4}, 8_000, 12),
 }  # fmt: skip
