@@ -32,8 +32,9 @@ import numpy as np
 
 import flashinfer_cli as fc
 from flashinfer_cli import zoo
-from flashinfer_cli.apps.calibrate import calibrate, read_text
+from flashinfer_cli.apps.calibrate import calibrate
 from flashinfer_cli.apps.recording import recording
+from flashinfer_cli.apps.text import read_text
 from flashinfer_cli.bundles.order import chain
 from flashinfer_cli.cache.trace import Demand, Trace, read_trace
 from flashinfer_cli.cache.window import NeuronPolicy, Recent, Window, deal, make_policy

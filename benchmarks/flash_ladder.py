@@ -40,7 +40,8 @@ import torch
 import flashinfer_cli as fc
 from flashinfer_cli import engine as engine_module
 from flashinfer_cli import zoo
-from flashinfer_cli.apps.calibrate import calibrate, read_text
+from flashinfer_cli.apps.calibrate import calibrate
+from flashinfer_cli.apps.text import read_text
 from flashinfer_cli.bundles.reorder import reorder
 from flashinfer_cli.bundles.sparsity import read_sparsity
 from flashinfer_cli.cache.neurons import NeuronCache

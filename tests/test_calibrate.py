@@ -18,6 +18,7 @@ from flashinfer_cli.apps import calibrate as app
 from flashinfer_cli.apps import gated
 from flashinfer_cli.apps import ways as tried
 from flashinfer_cli.apps.predictors import _adam, balanced, cheapest, judged, packed, unpacked
+from flashinfer_cli.apps.text import read_text
 from flashinfer_cli.bundles.sparsity import ORDER_FILE, PREDICTORS_FILE, SPARSITY_FILE
 from flashinfer_cli.config import RunConfig
 from flashinfer_cli.errors import BudgetError, BundleError, TokenizerError, UnsupportedModelError, UsageError
@@ -124,9 +125,9 @@ def test_what_it_refuses(copy, tmp_path):
         app.calibrate(copy, TEXT, RunConfig(memory="20MiB"), **OPTIONS)
     (tmp_path / "t").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match="not UTF-8"):
-        app.read_text(tmp_path / "t")
+        read_text(tmp_path / "t")
     with pytest.raises(UsageError, match="Cannot read"):
-        app.read_text(tmp_path / "none")
+        read_text(tmp_path / "none")
     give_another_tokenizer(copy)
     with pytest.raises(TokenizerError, match="another model's"):
         app.calibrate(copy, TEXT, RunConfig(), **OPTIONS)

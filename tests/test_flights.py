@@ -206,9 +206,8 @@ def test_a_guess_is_handed_over_beside_the_product_that_follows_or_at_the_end(tm
     expected, made = torch.empty(1, 600), torch.empty(1, 600)
     with layer_of(tmp_path, numba) as layer:
         numba.linear(layer.x, weight, "F32", expected, 0)
-        product = Program(numba.threads)
+        product, flights = Program(numba.threads), layer.cache.flights
         product.linear(layer.x, weight, "F32", made, 0)
-        flights = layer.cache.flights
         assert flights is not None
         batch = next(array for array in flights._kept if isinstance(array, dict))[jobs.F_BATCHES]
         begun, reads, left = (batch[word // 8 : word // 8 + 1] for word in (jobs.B_BEGUN, jobs.B_READS, jobs.B_LEFT))

@@ -104,19 +104,6 @@ def calibrate(
     return found
 
 
-def read_text(path: Path) -> str:
-    """The calibration text. Raises UsageError for a file that is missing or no text."""
-    try:
-        return path.read_text(encoding="utf-8").replace("<|endoftext|>", "\n")
-    except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror}.", "--text takes a text file.") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text: byte {error.start:,} is 0x{error.object[error.start]:02x}.",
-            "Convert it, say with iconv -f LATIN1 -t UTF-8, or give another.",
-        ) from None
-
-
 def _check(opened: OpenModel) -> None:
     if opened.checkpoint.kind != "bundle":
         raise UsageError(

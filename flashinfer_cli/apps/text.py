@@ -1,9 +1,24 @@
-"""The text that a model is calibrated on, as ids that the model knows."""
+"""The text that a model is calibrated on: from a file, and as ids that the model knows."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..errors import TokenizerError, UsageError
 from ..models.open import OpenModel
+
+
+def read_text(path: Path) -> str:
+    """The calibration text. Raises UsageError for a file that is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8").replace("<|endoftext|>", "\n")
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror}.", "--text takes a text file.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text: byte {error.start:,} is 0x{error.object[error.start]:02x}.",
+            "Convert it, say with iconv -f LATIN1 -t UTF-8, or give another.",
+        ) from None
 
 
 def ids_of(opened: OpenModel, text: str, least: int) -> list[int]:

@@ -106,9 +106,9 @@ def calibrate(
     console = Console(quiet)
     from ..apps.ahead import calibrate_ahead, has_experts
     from ..apps.calibrate import calibrate as learn
-    from ..apps.calibrate import read_text
     from ..apps.gated import applies, study
     from ..apps.paying import readings
+    from ..apps.text import read_text
 
     kind: Kind = "experts" if has_experts(bundle) else "gated" if applies(bundle) else "neurons"
     applies_to: tuple[tuple[str, object, tuple[Kind, ...]], ...] = (
