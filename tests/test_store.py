@@ -131,6 +131,12 @@ def test_drive_rate_is_positive(data: tuple[Path, bytes]) -> None:
     assert rate.bytes_per_second > 0 and rate.request_bytes == 64 * 1024
 
 
+def test_requests_that_are_measured_are_of_whole_blocks(data):
+    """As many bytes as a run's requests had on average, say: a drive refuses what is not aligned."""
+    rate = measure(data[0], request_bytes=8_900, depth=3, seconds=0.02)
+    assert rate.request_bytes == 12_288 and rate.bytes_per_second > 0
+
+
 def _queued(store: FlashStore, path: Path, count: int, size: int) -> tuple[np.ndarray, list]:
     """Reads behind one that holds up the only thread."""
     buffer = allocate(count * 2 * ALIGN)

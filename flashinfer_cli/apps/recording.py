@@ -13,7 +13,6 @@ from ..config import NEURON_WINDOW
 from ..engine import Engine
 from ..errors import UsageError
 from ..store.drive import DriveRate
-from ..store.spans import ALIGN
 from .budgets import planned_budgets
 
 RECORD_READS = ("expert", "guess", "neuron")  # kinds of reads that bring records
@@ -114,7 +113,7 @@ def measured(engine: Engine, writer: TraceWriter, records: DriveRate, others: Dr
         read_seconds=decode.read_seconds,
         other_bytes=other,
         # measured with whole blocks: a request takes as long, and brings what it brings
-        record_rate=records.bytes_per_second * request / (-(-request // ALIGN) * ALIGN),
+        record_rate=records.bytes_per_second * min(1.0, request / records.request_bytes),
         other_rate=others.bytes_per_second,
         memory=engine.plan.budget,
         context=engine.run.context or engine.plan.context,

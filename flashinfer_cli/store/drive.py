@@ -34,7 +34,11 @@ MEASURED = BATCHES * 8 * (REQUEST_BYTES + 2 * ALIGN)  # bytes that `measure` tak
 
 
 def measure(path: Path, *, request_bytes: int = REQUEST_BYTES, depth: int = 8, seconds: float = 1.0) -> DriveRate:
-    """Read random aligned pieces of a file for about `seconds`, always `depth` in flight, past the page cache."""
+    """Read random aligned pieces of a file for about `seconds`, always `depth` in flight, past the page cache.
+
+    A request is of whole blocks of ALIGN bytes, as few as hold `request_bytes`.
+    """
+    request_bytes = -(-request_bytes // ALIGN) * ALIGN
     size = path.stat().st_size
     blocks = max(1, (size - request_bytes) // ALIGN)
     order = random.Random(0)
